@@ -1,0 +1,115 @@
+"""Faster R-CNN, ResNet-50-FPN, 1x schedule: 90k steps of 16 images, shorter side 800. The base of all experiments.
+
+    python -m fpn_jax.prepare --source=coco/2017 --data_dir=data
+    python -m fpn_jax.train --config=experiments/faster_rcnn_r50_fpn.py --workdir=runs/faster_rcnn_r50_fpn
+
+Hardware: 8 accelerators with 2 images each is the published setting. Duration: not measured by us yet.
+Score to expect: from ImageNet weights 37.4 to 37.9 AP on val2017 with this schedule (published by mmdetection and
+detectron2 for theirs). Without such weights (the default until they can be imported) train with
+`--config.model.backbone.norm=gn --config.model.backbone.frozen_stages=0` and a much longer schedule (He et al. 2019).
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Every value that an experiment can change, with torchvision's semantics and the 1x schedule."""
+    config = ml_collections.ConfigDict()
+    config.seed = 0  # of the initial weights, the order of the images and the sampling of anchors and RoIs
+    config.batch_size = 16  # images per step, over all devices of all processes
+    config.accumulate = 1  # pieces the batch is cut into on each device, for less memory
+    config.num_steps = 90_000
+    config.eval_every = 10_000  # steps; 0: only at the end
+    config.checkpoint_every = 1_000  # steps; also at the end
+    config.log_every = 20  # steps
+    config.eval_batch_size = 16
+    config.ema_decay = 0.0  # of averaged weights, which are then the ones evaluated; 0: none
+
+    config.data = data = ml_collections.ConfigDict()
+    data.data_dir = "data"
+    data.dataset = "coco/2017"
+    data.train_split = "train"
+    data.eval_split = "validation"
+    data.shorter = (800,)  # pixels; one is drawn for every training image, evaluation takes the last
+    data.longest = 1333
+    data.buckets = ()  # (height, width) pairs, multiples of 32; (): chosen from shorter and longest
+    data.rounding = "floor"  # of resized sides; detectron2: "round"
+    data.interpolation = "linear"  # "area" where images shrink a lot
+    data.flip = 0.5  # probability
+    data.max_objects = 0  # per image; 0: as many as the data set's fullest image has
+    data.skip_empty = True  # whether images without objects are left out in training
+    data.num_threads = 8
+    data.num_workers = 0  # processes that read ahead; 0: threads of this one
+
+    config.model = model = ml_collections.ConfigDict()
+    model.dtype = "float32"  # of activations; parameters are always float32. "bfloat16" on accelerators
+    model.backbone = ml_collections.ConfigDict(
+        {
+            "name": "resnet",
+            "depth": 50,
+            "blocks": (),  # per stage; (): those of the depth
+            "width": 64,
+            "norm": "frozen_bn",
+            "norm_eps": 1e-5,
+            "stride_in_1x1": False,
+            "frozen_stages": 2,
+        }
+    )
+    model.neck = ml_collections.ConfigDict({"name": "fpn", "channels": 256, "extra_level": True})
+    model.rpn = rpn = ml_collections.ConfigDict()  # see fpn_jax/models/heads/rpn.py for what detectron2 has
+    rpn.levels = (2, 3, 4, 5, 6)
+    rpn.sizes = ((32.0,), (64.0,), (128.0,), (256.0,), (512.0,))
+    rpn.ratios = (0.5, 1.0, 2.0)
+    rpn.anchor_rounding = True
+    rpn.anchor_order = "ratio_major"
+    rpn.anchor_stride = "image"
+    rpn.positive_iou = 0.7
+    rpn.negative_iou = 0.3
+    rpn.low_quality_matches = True
+    rpn.samples = 256
+    rpn.positive_fraction = 0.5
+    rpn.sampling = "random"
+    rpn.beta = 1 / 9
+    rpn.delta_weights = (1.0, 1.0, 1.0, 1.0)
+    rpn.pre_nms_train = 2000
+    rpn.pre_nms_test = 1000
+    rpn.post_nms_train = 2000
+    rpn.post_nms_test = 1000
+    rpn.nms_iou = 0.7
+    rpn.min_size = 1e-3
+    model.box_head = ml_collections.ConfigDict({"channels": 1024})
+    model.box = box = ml_collections.ConfigDict()  # see fpn_jax/models/heads/box.py
+    box.levels = (2, 3, 4, 5)
+    box.k0 = 4
+    box.canonical_size = 224.0
+    box.pooled_size = 7
+    box.sampling_ratio = 2
+    box.aligned = False
+    box.background = "first"
+    box.positive_iou = 0.5
+    box.samples = 512
+    box.positive_fraction = 0.25
+    box.sampling = "random"
+    box.add_ground_truth = True
+    box.beta = 1 / 9
+    box.delta_weights = (10.0, 10.0, 5.0, 5.0)
+    box.score_threshold = 0.05
+    box.nms_iou = 0.5
+    box.detections = 100
+    box.min_size = 1e-2
+
+    config.optim = optim = ml_collections.ConfigDict()
+    optim.name = "sgd"  # or "adamw"
+    optim.learning_rate = 0.02  # at base_batch_size images per step
+    optim.base_batch_size = 16  # the rate grows linearly with batch_size / base_batch_size; 0: it does not
+    optim.momentum = 0.9  # adamw: beta 1
+    optim.adam_b2 = 0.999
+    optim.weight_decay = 1e-4
+    optim.decay_norms_and_biases = False
+    optim.clip_norm = 0.0  # global norm of the gradients; 0: no clipping
+    optim.warmup_steps = 1000
+    optim.warmup_factor = 1 / 1000
+    optim.schedule = "step"  # or "cosine", "constant"
+    optim.step_at = (2 / 3, 8 / 9)  # fractions of num_steps, 60k and 80k of 90k
+    optim.step_factor = 0.1
+    return config

@@ -1,0 +1,92 @@
+"""What train, evaluate and predict set up alike from a config."""
+
+import dataclasses
+import json
+from typing import Any
+
+import jax
+import ml_collections
+from etils import epath
+
+from fpn_jax.data.datasets import Split, open_split
+from fpn_jax.data.pipeline import PipelineOptions, default_buckets
+from fpn_jax.errors import UserError
+from fpn_jax.models import build_detector
+from fpn_jax.models.faster_rcnn import FasterRCNN
+from fpn_jax.training.state import init_variables
+
+STRIDE = 32  # of C5: sides that are no multiples of it would shift the top-down pathway against the bottom-up one
+
+
+@dataclasses.dataclass(frozen=True)
+class Classes:
+    """What the labels 0 .. k-1 mean, so that a workdir can be used without its data set."""
+
+    names: list[str]
+    category_ids: list[int]  # the data set's own numbers, which go into results
+
+    def write(self, workdir: str) -> None:
+        """Keep them in WORKDIR/classes.json."""
+        (epath.Path(workdir) / "classes.json").write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def read(cls, workdir: str) -> "Classes":
+        """Raises `UserError` if the workdir has none."""
+        path = epath.Path(workdir) / "classes.json"
+        if not path.exists():
+            raise UserError(f"{path} is missing; train in this workdir first, or give another --workdir")
+        return cls(**json.loads(path.read_text()))
+
+
+def set_up_jax() -> None:
+    """Keep compiled programs between runs: a second start then takes seconds where the first took minutes."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(epath.Path("~/.cache/fpn_jax/jax").expanduser()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def pipeline_options(config: ml_collections.ConfigDict) -> PipelineOptions:
+    """`config.data` as options of the input pipeline. Raises `UserError` for sides the network cannot take."""
+    data = config.data
+    buckets = tuple(tuple(b) for b in data.buckets) or default_buckets(data.shorter, data.longest, STRIDE)
+    for bucket in buckets:
+        if len(bucket) != 2 or any(side % STRIDE for side in bucket):
+            raise UserError(f"data.buckets: {bucket} is not a (height, width) of multiples of {STRIDE}")
+    return PipelineOptions(
+        shorter=tuple(data.shorter),
+        longest=data.longest,
+        buckets=buckets,
+        flip=data.flip,
+        rounding=data.rounding,
+        interpolation=data.interpolation,
+        max_objects=data.max_objects or None,
+        skip_empty=data.skip_empty,
+        num_threads=data.num_threads,
+        num_workers=data.num_workers,
+    )
+
+
+def open_data(config: ml_collections.ConfigDict, split: str) -> Split:
+    """One split of `config.data.dataset`."""
+    return open_split(config.data.data_dir, config.data.dataset, split)
+
+
+def check_classes(classes: Classes, split: Split, workdir: str) -> None:
+    """Raise a `UserError` unless the split has the classes that the workdir's detector was trained on."""
+    if classes.category_ids != list(split.category_ids):
+        raise UserError(
+            f"--workdir={workdir} was trained on {len(classes.names)} classes with ids {classes.category_ids[:5]}..., "
+            f"{split.name} has {len(split.class_names)} with ids {list(split.category_ids)[:5]}...; "
+            "use the data set it was trained on, or train in another --workdir"
+        )
+
+
+def make_detector(config: ml_collections.ConfigDict, classes: Classes) -> FasterRCNN:
+    """The detector of `config.model` for these classes."""
+    return build_detector(config.model, len(classes.names))
+
+
+def abstract_variables(detector: FasterRCNN, image_size: tuple[int, int], sharding: Any) -> dict[str, Any]:
+    """Shapes of the variables, without computing them, to restore a checkpoint into."""
+    shapes = jax.eval_shape(lambda: init_variables(detector, image_size, 0))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)

@@ -1,0 +1,101 @@
+"""Score a workdir's detector on a split: COCO AP and AR, written to WORKDIR/eval/SPLIT/.
+
+python -m fpn_jax.evaluate --workdir=runs/demo [--split=val] [--checkpoint=best]
+"""
+
+import pickle
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+from tqdm import tqdm
+
+from fpn_jax import cli, common, evaluation
+from fpn_jax.data.datasets import Split
+from fpn_jax.data.pipeline import PipelineOptions, eval_batches
+from fpn_jax.training import checkpoint, sharding
+from fpn_jax.training.step import make_detect
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the training run.")
+_SPLIT = flags.DEFINE_string("split", None, "Split to score; by default the config's data.eval_split.")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "Which weights: best (of the evaluations) or latest.")
+_DATA_DIR = flags.DEFINE_string("data_dir", None, "Where the prepared data lies, if not where the training found it.")
+
+
+def detect_split(
+    detect: Any, variables: dict[str, Any], mesh: Any, split: Split, options: PipelineOptions, batch_size: int
+) -> list[dict[str, Any]]:
+    """COCO results of every image of the split, on every process: each image once, padding rows never.
+
+    Processes read their own rows and exchange the detections once, at the end.
+    """
+    rank, world = sharding.process()
+    results: list[dict[str, Any]] = []
+    pending = None  # detections are read one batch late, so that the device never waits for the host
+
+    def collect(detections: Any, host: dict[str, Any]) -> None:
+        found = sharding.local_rows(detections)
+        for row in range(len(host["index"])):
+            if host["index"][row] < 0:
+                continue
+            boxes = evaluation.to_original(found.boxes[row], host["size"][row], host["original_size"][row])
+            results.extend(
+                evaluation.coco_results(
+                    boxes,
+                    found.scores[row],
+                    found.labels[row],
+                    found.valid[row],
+                    int(host["image_id"][row]),
+                    split.category_ids,
+                )
+            )
+
+    batches = eval_batches(split, options, batch_size, rank=rank, world=world)
+    for host in tqdm(batches, f"{split.name} {split.split}", leave=False, disable=rank > 0 or not sys.stderr.isatty()):
+        detections = detect(variables, sharding.put_batch(mesh, host))
+        if pending:
+            collect(*pending)
+        pending = detections, host
+    if pending:
+        collect(*pending)
+    gathered = sharding.gather_objects(pickle.dumps(results))
+    return [result for part in gathered for result in pickle.loads(part)]
+
+
+def score_split(workdir: str, split: Split, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Metrics of the results; process 0 writes both under WORKDIR/eval/SPLIT/."""
+    metrics = evaluation.coco_metrics(split.ground_truth(), results)
+    if sharding.process()[0] == 0:
+        evaluation.write(workdir, split.split, metrics, results)
+    return metrics
+
+
+def main(argv: Sequence[str]) -> None:
+    """Entry point."""
+    del argv
+    cli.check_required(workdir=_WORKDIR.value)
+    workdir = _WORKDIR.value
+    sharding.start_processes()
+    config = checkpoint.read_config(workdir)
+    if _DATA_DIR.value:
+        config.data.data_dir = _DATA_DIR.value
+    common.set_up_jax()
+    mesh = sharding.make_mesh()
+    sharding.check_batch_size(mesh, config.eval_batch_size, "eval_batch_size")
+    classes = common.Classes.read(workdir)
+    split = common.open_data(config, _SPLIT.value or config.data.eval_split)
+    common.check_classes(classes, split, workdir)
+    options = common.pipeline_options(config)
+    detector = common.make_detector(config, classes)
+    like = common.abstract_variables(detector, options.buckets[0], sharding.replicated(mesh))
+    variables, step = checkpoint.Checkpoints(workdir).restore_weights(like, _CHECKPOINT.value)
+    results = detect_split(make_detect(detector), variables, mesh, split, options, config.eval_batch_size)
+    metrics = score_split(workdir, split, results)
+    if sharding.process()[0] == 0:
+        print(evaluation.metrics_table(metrics))
+        print(f"step {step}, {len(split)} images; written to {workdir}/eval/{split.split}/")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,96 @@
+"""ResNet (He et al., arXiv 1512.03385) as a bottom-up pathway: the last map of every stage is an output."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from fpn_jax.models.layers import NORMS, Conv, he_fan_out, max_pool
+
+BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+
+
+class Block(nn.Module):
+    """A residual block: two 3x3 convolutions (basic) or 1x1, 3x3, 1x1 with four times the width at its end."""
+
+    width: int
+    stride: int
+    bottleneck: bool
+    stride_in_1x1: bool
+    norm: str
+    norm_eps: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        def conv_norm(x: jax.Array, name: str, features: int, kernel: int, stride: int = 1) -> jax.Array:
+            x = Conv(features, kernel, stride, False, he_fan_out, self.dtype, name=f"conv{name}")(x)
+            return NORMS[self.norm](eps=self.norm_eps, dtype=self.dtype, name=f"norm{name}")(x, train)
+
+        if self.bottleneck:
+            first, second = (self.stride, 1) if self.stride_in_1x1 else (1, self.stride)
+            y = nn.relu(conv_norm(x, "1", self.width, 1, first))
+            y = nn.relu(conv_norm(y, "2", self.width, 3, second))
+            y = conv_norm(y, "3", 4 * self.width, 1)
+        else:
+            y = nn.relu(conv_norm(x, "1", self.width, 3, self.stride))
+            y = conv_norm(y, "2", self.width, 3)
+        if x.shape != y.shape:
+            x = conv_norm(x, "_shortcut", y.shape[-1], 1, self.stride)
+        return nn.relu(x + y)
+
+
+class ResNet(nn.Module):
+    """x [b h w 3] -> {2: C2, 3: C3, 4: C4, 5: C5}, where C_l has stride 2**l.
+
+    Attributes:
+        depth: 18, 34 (basic blocks), 50, 101 or 152 (bottlenecks).
+        blocks: blocks per stage, to build other sizes; None takes the depth's.
+        width: channels of the stem and of the first stage; each stage doubles them.
+        norm: "frozen_bn", "bn" or "gn".
+        stride_in_1x1: where a bottleneck strides: False, the 3x3 (torchvision); True, the first 1x1 (the original).
+        frozen_stages: how many of stem, stage 2, stage 3 ... are not trained. Detectors that start from ImageNet
+            weights freeze 2; training from nothing needs 0.
+    """
+
+    depth: int = 50
+    blocks: tuple[int, ...] | None = None
+    width: int = 64
+    norm: str = "frozen_bn"
+    norm_eps: float = 1e-5
+    stride_in_1x1: bool = False
+    frozen_stages: int = 2
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> dict[int, jax.Array]:
+        def freeze(x: jax.Array, stage: int) -> jax.Array:
+            return jax.lax.stop_gradient(x) if stage == self.frozen_stages else x
+
+        def live(stage: int) -> bool:
+            return train and stage > self.frozen_stages  # a frozen stage's batch norms stay as they are, too
+
+        x = Conv(self.width, 7, 2, False, he_fan_out, self.dtype, name="stem_conv")(x)
+        x = NORMS[self.norm](eps=self.norm_eps, dtype=self.dtype, name="stem_norm")(x, live(1))
+        x = freeze(max_pool(nn.relu(x), 3, 2), 1)
+        features = {}
+        for level, blocks in enumerate(self.blocks or BLOCKS[self.depth], start=2):
+            for i in range(blocks):
+                x = Block(
+                    width=self.width * 2 ** (level - 2),
+                    stride=2 if level > 2 and i == 0 else 1,
+                    bottleneck=self.depth >= 50,
+                    stride_in_1x1=self.stride_in_1x1,
+                    norm=self.norm,
+                    norm_eps=self.norm_eps,
+                    dtype=self.dtype,
+                    name=f"stage{level}_block{i}",
+                )(x, live(level))
+            x = features[level] = freeze(x, level)
+        return features
+
+    @property
+    def frozen_prefixes(self) -> tuple[str, ...]:
+        """Beginnings of the names of the parameters that are not trained."""
+        return ("stem_", *(f"stage{level}_" for level in range(2, self.frozen_stages + 1)))[: self.frozen_stages]

@@ -1,0 +1,186 @@
+"""The region proposal network on a pyramid (Ren et al., arXiv 1506.01497; on FPN: arXiv 1612.03144, section 4.1)."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fpn_jax.models.layers import Conv
+from fpn_jax.ops import anchors as anchor_ops
+from fpn_jax.ops import boxes as box_ops
+from fpn_jax.ops.losses import sigmoid_bce, smooth_l1
+from fpn_jax.ops.matching import BELOW, match
+from fpn_jax.ops.nms import nms
+from fpn_jax.ops.sampling import sample
+
+
+@flax.struct.dataclass
+class RPNSettings:
+    """What the published implementations do differently; the defaults are torchvision's (0.28)."""
+
+    levels: tuple[int, ...] = (2, 3, 4, 5, 6)
+    sizes: tuple[tuple[float, ...], ...] = (
+        (32,),
+        (64,),
+        (128,),
+        (256,),
+        (512,),
+    )  # anchor sides of each level
+    ratios: tuple[float, ...] = (0.5, 1.0, 2.0)  # height / width
+    anchor_rounding: bool = True  # corners rounded to integers; detectron2 keeps them exact
+    anchor_order: str = "ratio_major"  # detectron2: size_major
+    anchor_stride: str = "image"  # image size // map size; detectron2: "level", always 2**l
+    positive_iou: float = 0.7
+    negative_iou: float = 0.3
+    low_quality_matches: bool = True  # an object's best anchors are positive whatever their IoU
+    samples: int = 256  # anchors per image that enter the loss
+    positive_fraction: float = 0.5
+    sampling: str = "random"  # "first": the first in index order, to compare implementations
+    beta: float = 1 / 9  # of smooth L1; detectron2: 0
+    delta_weights: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)
+    pre_nms_train: int = 2000  # per level
+    pre_nms_test: int = 1000
+    post_nms_train: int = 2000  # per image, all levels together
+    post_nms_test: int = 1000
+    nms_iou: float = 0.7
+    min_size: float = 1e-3  # pixels; detectron2: 0
+
+
+class Proposals(NamedTuple):
+    """Regions that may hold an object, best first."""
+
+    boxes: jax.Array  # float32 [b r 4]
+    scores: jax.Array  # float32 [b r], probabilities
+    valid: jax.Array  # bool [b r]
+
+
+class RPNHead(nn.Module):
+    """{l: P_l} -> {l: logits [b r]}, {l: deltas [b r 4]}: a 3x3 convolution and two 1x1, shared by all levels.
+
+    r runs over rows, columns, anchors of the cell. Attributes: anchors per cell; channels of the 3x3 (None: those of
+    the level).
+    """
+
+    anchors: int
+    channels: int | None = None
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, pyramid: Mapping[int, jax.Array]) -> tuple[dict[int, jax.Array], dict[int, jax.Array]]:
+        init = nn.initializers.normal(0.01)
+        width = self.channels or next(iter(pyramid.values())).shape[-1]
+        conv = Conv(width, 3, kernel_init=init, dtype=self.dtype, name="conv")
+        objectness = Conv(self.anchors, 1, kernel_init=init, dtype=self.dtype, name="objectness")
+        deltas = Conv(4 * self.anchors, 1, kernel_init=init, dtype=self.dtype, name="deltas")
+        all_logits, all_deltas = {}, {}
+        for level, x in pyramid.items():
+            x = nn.relu(conv(x))
+            b = x.shape[0]
+            all_logits[level] = objectness(x).reshape(b, -1).astype(jnp.float32)
+            all_deltas[level] = deltas(x).reshape(b, -1, 4).astype(jnp.float32)
+        return all_logits, all_deltas
+
+
+def make_anchors(
+    settings: RPNSettings, grids: Mapping[int, tuple[int, int]], image_size: tuple[int, int]
+) -> dict[int, np.ndarray]:
+    """Anchors {l: float32 [r 4]} in pixels for maps of `grids` {l: (h, w)} of an image of `image_size`."""
+    cells = {
+        level: anchor_ops.cell_anchors(sizes, settings.ratios, settings.anchor_rounding, settings.anchor_order)
+        for level, sizes in zip(settings.levels, settings.sizes, strict=True)
+    }
+    strides = {}
+    for level, (h, w) in grids.items():
+        of_image = (image_size[0] // h, image_size[1] // w)
+        strides[level] = of_image if settings.anchor_stride == "image" else (2**level, 2**level)
+    return anchor_ops.grid_anchors(grids, cells, strides)
+
+
+def label_anchors(
+    settings: RPNSettings, anchors: jax.Array, boxes: jax.Array, valid: jax.Array, key: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """One image's targets: (match [r], index [n], positive [n], sampled [n]) with n = settings.samples.
+
+    anchors [r 4], boxes [m 4], valid [m]; `match` as `fpn_jax.ops.matching.match` gives it, `index` the anchors that
+    were drawn. key None draws the first candidates.
+    """
+    matched = match(
+        box_ops.iou(boxes, anchors),
+        valid,
+        settings.positive_iou,
+        settings.negative_iou,
+        settings.low_quality_matches,
+    )
+    drawn = sample(key, matched >= 0, matched == BELOW, settings.samples, settings.positive_fraction)
+    return matched, drawn.index, drawn.positive, drawn.valid
+
+
+def rpn_losses(
+    settings: RPNSettings,
+    logits: jax.Array,
+    deltas: jax.Array,
+    anchors: jax.Array,
+    boxes: jax.Array,
+    valid: jax.Array,
+    keys: jax.Array,
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """Objectness and box losses over the sampled anchors of the whole batch: both sums divided by their number.
+
+    logits [b r], deltas [b r 4], anchors [r 4] (all levels, one after another), boxes [b m 4], valid [b m],
+    keys [b]. Returns (losses, statistics). Source: Faster R-CNN, equation 1; normalisers as torchvision's.
+    """
+
+    def image_terms(logits, deltas, boxes, valid, key):
+        key = key if settings.sampling == "random" else None
+        matched, index, positive, drawn = label_anchors(settings, anchors, boxes, valid, key)
+        target = box_ops.encode(boxes[jnp.maximum(matched[index], 0)], anchors[index], settings.delta_weights)
+        box_loss = smooth_l1(deltas[index], target, settings.beta).sum(-1)
+        bce = sigmoid_bce(logits[index], positive.astype(jnp.float32))
+        return (
+            jnp.where(drawn, bce, 0).sum(),
+            jnp.where(positive & drawn, box_loss, 0).sum(),
+            drawn.sum(),
+            (positive & drawn).sum(),
+        )
+
+    bce, box, drawn, positive = (x.sum() for x in jax.vmap(image_terms)(logits, deltas, boxes, valid, keys))
+    count = jnp.maximum(drawn, 1)
+    losses = {"rpn_objectness": bce / count, "rpn_box": box / count}
+    return losses, {"rpn_positives": positive / logits.shape[0]}
+
+
+def propose(
+    settings: RPNSettings,
+    logits: Mapping[int, jax.Array],
+    deltas: Mapping[int, jax.Array],
+    anchors: Mapping[int, np.ndarray],
+    size: jax.Array,
+    train: bool,
+) -> Proposals:
+    """Decode, clip, suppress per level and keep the best of all levels.
+
+    logits {l: [b r]}, deltas {l: [b r 4]}, anchors {l: [r 4]}, size [b 2]. No gradient flows through proposals.
+    The number of rows is min(post_nms, sum over levels of min(pre_nms, r)), whatever the image.
+    """
+    before = settings.pre_nms_train if train else settings.pre_nms_test
+    after = settings.post_nms_train if train else settings.post_nms_test
+
+    def level_candidates(logits, deltas, anchors, size):
+        logits, best = jax.lax.top_k(logits, min(before, logits.shape[0]))
+        boxes = box_ops.decode(deltas[best], jnp.asarray(anchors)[best], settings.delta_weights)
+        boxes = box_ops.clip(boxes, size)
+        keep = nms(boxes, logits, box_ops.is_larger(boxes, settings.min_size), settings.nms_iou)
+        return boxes, jnp.where(keep, logits, -jnp.inf)
+
+    def image_proposals(logits, deltas, size):
+        boxes, kept = zip(*(level_candidates(logits[x], deltas[x], anchors[x], size) for x in logits), strict=True)
+        boxes, kept = jnp.concatenate(boxes), jnp.concatenate(kept)
+        kept, best = jax.lax.top_k(kept, min(after, kept.shape[0]))
+        valid = kept > -jnp.inf
+        return Proposals(jnp.where(valid[:, None], boxes[best], 0), jax.nn.sigmoid(kept), valid)
+
+    return jax.lax.stop_gradient(jax.vmap(image_proposals)(dict(logits), dict(deltas), size))

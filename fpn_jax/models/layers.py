@@ -1,0 +1,136 @@
+"""Convolutions and norms, all [b h w c], with float32 parameters and the compute dtype that the caller asks for."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Init = nn.initializers.Initializer
+
+he_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al. 2015, eq. 14
+lecun_uniform = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")  # layers without a ReLU behind them
+
+
+class Conv(nn.Module):
+    """Convolution [b h w c] -> [b h' w' features] with kernel // 2 zeros on every side, as torch pads.
+
+    "SAME" would put the odd zero of a strided convolution at the bottom right only, and other frameworks' weights
+    would see shifted pictures. A 1x1 convolution is written as a matrix product: XLA's CPU backend computes the
+    weight gradient of that several times faster, and elsewhere it is the same operation.
+    """
+
+    features: int
+    kernel: int = 3
+    stride: int = 1
+    use_bias: bool = True
+    kernel_init: Init = lecun_uniform
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (self.kernel, self.kernel, x.shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape).astype(self.dtype)
+        x = x.astype(self.dtype)
+        if self.kernel == 1:
+            y = x[:, :: self.stride, :: self.stride] @ kernel[0, 0]
+        else:
+            pad = self.kernel // 2
+            y = jax.lax.conv_general_dilated(
+                x,
+                kernel,
+                window_strides=(self.stride, self.stride),
+                padding=((pad, pad), (pad, pad)),
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )
+        if self.use_bias:
+            y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+        return y
+
+
+class FrozenBatchNorm(nn.Module):
+    """Batch norm as a constant affine map, for weights that were trained with larger batches than a detector's.
+
+    Nothing here is trained: scale, bias, mean and var all live in the collection `batch_stats`.
+    """
+
+    eps: float = 1e-5
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        def constant(name: str, value: float) -> jax.Array:
+            return self.variable("batch_stats", name, jnp.full, (x.shape[-1],), value, jnp.float32).value
+
+        gain = constant("scale", 1.0) * jax.lax.rsqrt(constant("var", 1.0) + self.eps)
+        shift = constant("bias", 0.0) - constant("mean", 0.0) * gain
+        return x * gain.astype(self.dtype) + shift.astype(self.dtype)
+
+
+class BatchNorm(nn.Module):
+    """Batch norm over the global batch: under `jax.jit` with a sharded batch this is what others call sync-BN."""
+
+    eps: float = 1e-5
+    momentum: float = 0.9
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        norm = nn.BatchNorm(
+            use_running_average=not train,
+            momentum=self.momentum,
+            epsilon=self.eps,
+            dtype=self.dtype,
+            name="norm",
+        )
+        return norm(x)
+
+
+class GroupNorm(nn.Module):
+    """Group norm (Wu and He 2018): no dependence on the batch, so the choice for training from nothing."""
+
+    eps: float = 1e-5
+    groups: int = 32
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        groups = min(self.groups, x.shape[-1])
+        return nn.GroupNorm(num_groups=groups, epsilon=self.eps, dtype=self.dtype, name="norm")(x)
+
+
+NORMS = {"frozen_bn": FrozenBatchNorm, "bn": BatchNorm, "gn": GroupNorm}
+
+
+def upsample_nearest(x: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """Repeat rows and columns of x [b h w c] up to `size` (height, width): row i reads row floor(i h / height)."""
+    for axis, n in ((1, size[0]), (2, size[1])):
+        if n == 2 * x.shape[axis]:
+            x = jnp.repeat(x, 2, axis)
+        elif n != x.shape[axis]:
+            x = jnp.take(x, jnp.arange(n) * x.shape[axis] // n, axis)
+    return x
+
+
+def max_pool(x: jax.Array, window: int, stride: int) -> jax.Array:
+    """Maximum over windows of x [b h w c], padded by window // 2 on every side with values that never win."""
+    pad = window // 2
+    return nn.max_pool(x, (window, window), (stride, stride), ((pad, pad), (pad, pad)))
+
+
+def normalize_pixels(
+    image: jax.Array,
+    size: jax.Array,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    dtype: Any = jnp.float32,
+) -> jax.Array:
+    """uint8 [b h w 3] -> (image / 255 - mean) / std, with zeros outside `size` [b 2].
+
+    Padding is zero after normalising, not before, as in torchvision and detectron2: a network must not see an edge
+    between the picture and a padding that is darker than any picture.
+    """
+    x = (image.astype(jnp.float32) / 255 - jnp.array(mean)) / jnp.array(std)
+    rows, columns = jnp.arange(image.shape[1]), jnp.arange(image.shape[2])
+    inside = (rows < size[:, :1])[:, :, None] & (columns < size[:, 1:])[:, None, :]
+    return jnp.where(inside[..., None], x, 0).astype(dtype)

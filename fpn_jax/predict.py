@@ -1,0 +1,107 @@
+"""Detect objects in pictures: annotated copies and one COCO-results JSON.
+
+    python -m fpn_jax.predict --workdir=runs/demo picture.jpg folder/ --output=found [--threshold=0.5]
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from absl import flags
+from tqdm import tqdm
+
+from fpn_jax import cli, common, evaluation, visualize
+from fpn_jax.data.decode import decode
+from fpn_jax.data.pipeline import image_batch
+from fpn_jax.errors import UserError
+from fpn_jax.training import checkpoint, sharding
+from fpn_jax.training.step import make_detect
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the training run.")
+_OUTPUT = flags.DEFINE_string("output", None, "Folder for the annotated pictures and detections.json.")
+_THRESHOLD = flags.DEFINE_float("threshold", 0.5, "Boxes below this score are not drawn; the JSON has them all.")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "Which weights: best (of the evaluations) or latest.")
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+
+
+def find_images(paths: Sequence[str]) -> list[Path]:
+    """The given files, and the pictures in the given folders and below, in order. Raises `UserError`s."""
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+            if not inside:
+                raise UserError(f"{path}: no pictures in this folder (looked for {' '.join(SUFFIXES)})")
+            found += inside
+        elif path.exists():
+            found.append(path)
+        else:
+            raise UserError(f"{path}: no such file or folder; give pictures or folders of pictures")
+    if not found:
+        raise UserError("no pictures given; name files or folders after the flags")
+    return found
+
+
+def main(argv: Sequence[str]) -> None:
+    """Entry point."""
+    cli.check_required(workdir=_WORKDIR.value, output=_OUTPUT.value)
+    paths = find_images(argv[1:])
+    output = Path(_OUTPUT.value)
+    output.mkdir(parents=True, exist_ok=True)
+    config = checkpoint.read_config(_WORKDIR.value)
+    common.set_up_jax()
+    mesh = sharding.make_mesh(devices=sharding.first_device())
+    classes = common.Classes.read(_WORKDIR.value)
+    options = common.pipeline_options(config)
+    detector = common.make_detector(config, classes)
+    like = common.abstract_variables(detector, options.buckets[0], sharding.replicated(mesh))
+    variables, _ = checkpoint.Checkpoints(_WORKDIR.value).restore_weights(like, _CHECKPOINT.value)
+    detect = make_detect(detector)
+
+    results: list[dict[str, Any]] = []
+    unreadable: list[str] = []
+    for number, (path, image) in enumerate(_images(paths, unreadable), start=1):
+        host = image_batch([image], options)
+        found = sharding.local_rows(detect(variables, sharding.put_batch(mesh, host)))
+        boxes = evaluation.to_original(found.boxes[0], host["size"][0], host["original_size"][0])
+        rows = evaluation.coco_results(
+            boxes, found.scores[0], found.labels[0], found.valid[0], number, classes.category_ids
+        )
+        results += [row | {"file_name": str(path)} for row in rows]
+        shown = found.valid[0] & (found.scores[0] >= _THRESHOLD.value)
+        picture = visualize.draw(image, boxes[shown], found.labels[0][shown], found.scores[0][shown], classes.names)
+        _write_picture(output / _picture_name(path, paths), picture)
+    (output / "detections.json").write_text(json.dumps(results) + "\n")
+    print(f"{len(results)} detections in {len(paths) - len(unreadable)} pictures; written to {output}/")
+    if unreadable:
+        more = f" and {len(unreadable) - 1} more" if len(unreadable) > 1 else ""
+        raise UserError(f"{unreadable[0]}{more}; the other pictures are done")
+
+
+def _images(paths: list[Path], unreadable: list[str]) -> Iterator[tuple[Path, np.ndarray]]:
+    """The pictures that can be read; why the others cannot goes to `unreadable`."""
+    for path in tqdm(paths, "predict", disable=not sys.stderr.isatty(), leave=False):
+        try:
+            yield path, decode(path.read_bytes(), str(path), None)
+        except UserError as error:
+            unreadable.append(str(error))
+
+
+def _picture_name(path: Path, paths: list[Path]) -> str:
+    """NAME.jpg, with the folder's name before it where two pictures would share it."""
+    twins = sum(other.stem == path.stem for other in paths) > 1
+    return f"{'_'.join(path.with_suffix('').parts).strip('_/')}.jpg" if twins else f"{path.stem}.jpg"
+
+
+def _write_picture(path: Path, image: np.ndarray) -> None:
+    if not cv2.imwrite(str(path), image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92]):
+        raise UserError(f"{path}: could not be written; free some space or choose another --output")
+
+
+if __name__ == "__main__":
+    cli.run(main)

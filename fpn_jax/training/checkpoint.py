@@ -1,0 +1,217 @@
+"""The only home of orbax: what a run keeps on disk, how it comes back, and how a workdir is claimed.
+
+WORKDIR/checkpoints/<step>/   weights, optimizer, position in the data: the latest two
+WORKDIR/best/<step>/          weights alone, of the best evaluation so far
+WORKDIR/config.json           the config of the run
+WORKDIR/lock                  held while a process trains here
+"""
+
+import fcntl
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import orbax.checkpoint as ocp
+from etils import epath
+
+from fpn_jax.errors import UserError
+from fpn_jax.types import TrainState
+
+_WEIGHTS = ("step", "params", "batch_stats", "ema_params")
+
+logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells every step of every save at INFO and WARNING
+
+
+class Checkpoints:
+    """The checkpoints of one workdir. Saving is asynchronous; `close` waits for what is under way."""
+
+    def __init__(self, workdir: str, keep: int = 2):
+        self.workdir = workdir
+        self._latest = _manager(workdir, "checkpoints", keep)
+        self._best = _manager(workdir, "best", 1)
+
+    @property
+    def latest_step(self) -> int | None:
+        """Optimizer steps of the newest finished checkpoint, None without any."""
+        return self._latest.latest_step()
+
+    def save(self, state: TrainState, data: dict[str, Any]) -> None:
+        """Start writing the state and the JSON-like position in the data; an older save's failure comes up here."""
+        step = int(state.step)
+        items = {
+            "weights": ocp.args.StandardSave(_weights(state)),
+            "optimizer": ocp.args.StandardSave({"state": state.opt_state}),
+            "data": ocp.args.JsonSave(data),
+        }
+        self._guarded(self._latest, lambda: self._latest.save(step, args=ocp.args.Composite(**items), force=True))
+
+    def save_best(self, state: TrainState, metrics: dict[str, float]) -> None:
+        """Keep these weights as the best, in place of the former best."""
+        items = {"weights": ocp.args.StandardSave(_weights(state)), "metrics": ocp.args.JsonSave(metrics)}
+        step = int(state.step)
+        self._guarded(self._best, lambda: self._best.save(step, args=ocp.args.Composite(**items), force=True))
+
+    def best_metrics(self) -> dict[str, float] | None:
+        """What `save_best` was last given, None without a best."""
+        step = self._best.latest_step()
+        if step is None:
+            return None
+        return self._best.restore(step, args=ocp.args.Composite(metrics=ocp.args.JsonRestore()))["metrics"]
+
+    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """The newest state, on the devices and in the shardings of `like`, and the position; None without any.
+
+        Raises `UserError` naming the weights that differ if the checkpoint is of another architecture.
+        """
+        step = self.latest_step
+        if step is None:
+            return None
+        weights, optimizer = _shapes(_weights(like)), _shapes({"state": like.opt_state})
+        self._check_same(self._latest, step, "weights", weights)
+        self._check_same(self._latest, step, "optimizer", optimizer)
+        items = {
+            "weights": ocp.args.StandardRestore(weights),
+            "optimizer": ocp.args.StandardRestore(optimizer),
+            "data": ocp.args.JsonRestore(),
+        }
+        found = self._latest.restore(step, args=ocp.args.Composite(**items))
+        return TrainState(**found["weights"], opt_state=found["optimizer"]["state"]), found["data"]
+
+    def restore_weights(self, variables: dict[str, Any], which: str) -> tuple[dict[str, Any], int]:
+        """(variables for inference shaped like the given ones, their step), of the "best" or the "latest" checkpoint.
+
+        "best" falls back to the latest where no evaluation has chosen one. The averaged weights are taken where the
+        run kept an average.
+        """
+        if which not in ("best", "latest"):
+            raise UserError(f"--checkpoint={which}: choose best or latest")
+        manager = self._best if which == "best" and self._best.latest_step() is not None else self._latest
+        step = manager.latest_step()
+        if step is None:
+            raise UserError(f"{self.workdir}: there is no checkpoint; train there first, or give another --workdir")
+        has_average = bool(self._saved(manager, step, "weights").get("ema_params"))
+        target = _shapes(
+            {
+                "step": jax.ShapeDtypeStruct((), "int32"),
+                **variables,
+                "ema_params": variables["params"] if has_average else {},
+            }
+        )
+        self._check_same(manager, step, "weights", target)
+        found = manager.restore(step, args=ocp.args.Composite(weights=ocp.args.StandardRestore(target)))["weights"]
+        return {"params": found["ema_params"] or found["params"], "batch_stats": found["batch_stats"]}, step
+
+    def wait(self) -> None:
+        """Until what is being written is on disk; raises `UserError` if it could not be written."""
+        for manager in (self._latest, self._best):
+            self._guarded(manager, lambda: None)
+
+    def close(self) -> None:
+        """Wait and let go of the folders."""
+        self.wait()
+        self._latest.close()
+        self._best.close()
+
+    def _guarded(self, manager: ocp.CheckpointManager, action: Any) -> None:
+        """Run a save; a failure to write, also of the save before, is a `UserError` naming the last good step."""
+        try:
+            manager.wait_until_finished()
+            action()
+        except (OSError, ValueError, RuntimeError) as error:
+            good = self._latest.latest_step()
+            raise UserError(
+                f"{manager.directory}: the checkpoint could not be written ({_first_line(error)}); free some space and "
+                f"run the same command, which continues from {'the start' if good is None else f'step {good}'}"
+            ) from error
+
+    def _saved(self, manager: ocp.CheckpointManager, step: int, item: str) -> dict[str, Any]:
+        return manager.item_metadata(step)[item].tree
+
+    def _check_same(self, manager: ocp.CheckpointManager, step: int, item: str, target: Any) -> None:
+        """Raise a `UserError` that names what one tree has and the other has not, or has in another shape."""
+        saved, wanted = _flat(self._saved(manager, step, item)), _flat(target)
+        differing = [f"{name} is not in the checkpoint" for name in wanted.keys() - saved.keys()]
+        differing += [f"{name} is not in the model" for name in saved.keys() - wanted.keys()]
+        differing += [
+            f"{name} is {list(saved[name])} in the checkpoint and {list(wanted[name])} in the model"
+            for name in wanted.keys() & saved.keys()
+            if tuple(saved[name]) != tuple(wanted[name])
+        ]
+        if differing:
+            more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+            raise UserError(
+                f"{manager.directory}/{step} is of another architecture: {'; '.join(sorted(differing)[:3])}{more}; "
+                "use the config it was trained with, or another --workdir"
+            )
+
+
+def claim_workdir(workdir: str, config: ml_collections.ConfigDict) -> Any:
+    """Lock the workdir for training and write its config.json. Keep the result: the lock lasts as long as it does.
+
+    The lock goes with the process, however that ends, so a killed run leaves no stale one. Only folders of this
+    machine can be locked; for gs:// and the like the check is skipped.
+    Raises `UserError` if another process trains there.
+    """
+    folder = epath.Path(workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = None
+    if "://" not in workdir:
+        lock = open(os.path.join(workdir, "lock"), "a+")  # noqa: SIM115 - the caller keeps it open
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.seek(0)
+            raise UserError(
+                f"--workdir={workdir} is in use by process {lock.read().strip() or '?'}; wait for it, stop it, "
+                "or give another folder"
+            ) from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+    temporary = folder / "config.json.tmp"
+    temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    temporary.rename(folder / "config.json")
+    return lock
+
+
+def read_config(workdir: str) -> ml_collections.ConfigDict:
+    """The config that `claim_workdir` wrote, locked. Raises `UserError` if there is none."""
+    path = epath.Path(workdir) / "config.json"
+    if not path.exists():
+        raise UserError(f"--workdir={workdir}: there is no config.json; train there first, or give another folder")
+    try:
+        return ml_collections.ConfigDict(json.loads(path.read_text())).lock()
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON ({error}); restore it, or train into another --workdir") from None
+
+
+def _manager(workdir: str, name: str, keep: int) -> ocp.CheckpointManager:
+    directory = workdir if "://" in workdir else str(Path(workdir).absolute())
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+    return ocp.CheckpointManager(epath.Path(directory) / name, options=options)
+
+
+def _weights(state: TrainState) -> dict[str, Any]:
+    return {name: getattr(state, name) for name in _WEIGHTS}
+
+
+def _shapes(tree: Any) -> Any:
+    return jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
+
+
+def _flat(tree: Any) -> dict[str, tuple[int, ...]]:
+    """{"params/backbone/...": shape} of a tree of arrays, shapes or orbax metadata, whatever its containers."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))[0]
+    return {"/".join(_part(p) for p in path): tuple(leaf.shape) for path, leaf in leaves if hasattr(leaf, "shape")}
+
+
+def _part(entry: Any) -> str:
+    return str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", entry))))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -1,0 +1,46 @@
+"""The state a run starts from."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fpn_jax.models.faster_rcnn import FasterRCNN
+from fpn_jax.types import Batch, TrainState
+
+
+def init_variables(detector: FasterRCNN, image_size: tuple[int, int], seed: int) -> dict[str, Any]:
+    """Fresh variables {"params": ..., "batch_stats": ...}; image_size is one bucket, its values do not matter."""
+    height, width = image_size
+    batch = Batch(
+        image=jnp.zeros((1, height, width, 3), jnp.uint8),
+        size=jnp.array([[height, width]], jnp.int32),
+        boxes=jnp.zeros((1, 1, 4)),
+        labels=jnp.zeros((1, 1), jnp.int32),
+        valid=jnp.zeros((1, 1), bool),
+    )
+    key = jax.random.key(seed)
+
+    def init(key):
+        return detector.init({"params": key}, batch, key, method="losses")
+
+    variables = jax.jit(init)(key)
+    return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+
+
+def make_state(variables: dict[str, Any], optimizer: optax.GradientTransformation, ema_decay: float) -> TrainState:
+    """Step 0 with these variables. The average starts at the parameters; decay 0 keeps none."""
+    params = variables["params"]
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        batch_stats=variables["batch_stats"],
+        opt_state=optimizer.init(params),
+        ema_params=jax.tree.map(jnp.copy, params) if ema_decay else {},
+    )
+
+
+def inference_variables(state: TrainState) -> dict[str, Any]:
+    """What `FasterRCNN.detect` runs with: the averaged parameters where there are any."""
+    return {"params": state.ema_params or state.params, "batch_stats": state.batch_stats}

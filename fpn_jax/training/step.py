@@ -1,0 +1,79 @@
+"""The training step: one pure jitted function from state and batch to state and metrics."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fpn_jax.models.faster_rcnn import FasterRCNN
+from fpn_jax.training.optim import Schedule
+from fpn_jax.types import Batch, Detections, TrainState
+
+Metrics = dict[str, jax.Array]
+
+
+def make_train_step(
+    detector: FasterRCNN,
+    optimizer: optax.GradientTransformation,
+    schedule: Schedule,
+    seed: int,
+    accumulate: int = 1,
+    ema_decay: float = 0.0,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """step(state, batch) -> (state, metrics), jitted; the given state's memory is reused, so it must not be read again.
+
+    Args:
+        seed: of the sampling of anchors and RoIs; with the step number it decides them, on any number of devices.
+        accumulate: pieces the batch is cut into, one after another, whose gradients are averaged.
+        ema_decay: of the averaged parameters; 0 for none. It warms up as (1 + step) / (10 + step).
+    """
+
+    def loss_fn(params, batch_stats, batch, key):
+        variables = {"params": params, "batch_stats": batch_stats}
+        (losses, statistics), updated = detector.apply(variables, batch, key, method="losses", mutable=["batch_stats"])
+        total = sum(losses.values())
+        return total, ({"loss": total} | losses | statistics, updated.get("batch_stats", {}))
+
+    def gradients(params, batch_stats, batch, key) -> tuple[Any, Any, Metrics]:
+        grads, (metrics, batch_stats) = jax.grad(loss_fn, has_aux=True)(params, batch_stats, batch, key)
+        return grads, batch_stats, metrics
+
+    def accumulated(params, batch_stats, batch, key) -> tuple[Any, Any, Metrics]:
+        # Piece i takes every accumulate-th image, so that each piece stays spread over all devices.
+        pieces = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+
+        def body(batch_stats, piece_and_key):
+            grads, batch_stats, metrics = gradients(params, batch_stats, *piece_and_key)
+            return batch_stats, (grads, metrics)
+
+        keys = jax.random.split(key, accumulate)
+        batch_stats, (grads, metrics) = jax.lax.scan(body, batch_stats, (pieces, keys))
+        mean = jax.tree.map(lambda x: x.mean(0), (grads, metrics))
+        return mean[0], batch_stats, mean[1]
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        compute = accumulated if accumulate > 1 else gradients
+        grads, batch_stats, metrics = compute(state.params, state.batch_stats, batch, key)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+        ema_params = state.ema_params
+        if ema_decay:
+            decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
+            ema_params = optax.incremental_update(params, ema_params, 1 - decay)
+        metrics |= {"grad_norm": optax.global_norm(grads), "learning_rate": schedule(state.step)}
+        return TrainState(state.step + 1, params, batch_stats, opt_state, ema_params), metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def make_detect(detector: FasterRCNN) -> Callable[[dict[str, Any], Batch], Detections]:
+    """detect(variables, batch) -> detections in pixels of the resized image, jitted."""
+
+    def detect(variables: dict[str, Any], batch: Batch) -> Detections:
+        return detector.apply(variables, batch.image, batch.size, method="detect")
+
+    return jax.jit(detect)
