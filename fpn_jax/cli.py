@@ -2,10 +2,11 @@
 
 import difflib
 import errno
-import os
+import importlib.util
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
@@ -13,6 +14,7 @@ from ml_collections import ConfigDict, config_flags
 from fpn_jax.errors import UserError
 
 _STATUS_USER_ERROR = 2  # as argparse and most Unix tools do
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
@@ -24,7 +26,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
         except UserError as error:
             _fail(error)
         except OSError as error:  # a full disk or a read-only folder is the user's to mend, too
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            if error.errno not in _DISK_ERRORS:
                 raise
             _fail(f"{error.filename or 'writing'}: {error.strerror}; free some space or choose another folder")
         except KeyboardInterrupt:
@@ -37,16 +39,16 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
         _fail(error)
 
 
-def config_flag(default: str | None = None) -> config_flags.ConfigFileFlagHolder:
+def config_flag() -> flags.FlagHolder:
     """Define --config=FILE.py with overrides --config.some.key=value; the values are locked to the file's keys."""
-    return config_flags.DEFINE_config_file("config", default, "Experiment file, see experiments/.", lock_config=True)
+    return config_flags.DEFINE_config_file("config", None, "Experiment file, see experiments/.", lock_config=True)
 
 
-def check_required(**values: str | None) -> None:
+def check_required(**values: object) -> None:
     """Raise a `UserError` that names the first flag without a value."""
     for name, value in values.items():
         if not value:
-            raise UserError(f"--{name}= is missing; {os.path.basename(sys.argv[0])} --help lists the flags")
+            raise UserError(f"--{name}= is missing; --help lists the flags")
 
 
 def _fail(error: object) -> None:
@@ -57,72 +59,65 @@ def _fail(error: object) -> None:
 
 def _parse_flags(argv: list[str]) -> list[str]:
     """absl's parsing, with its errors as one line that names the nearest right key."""
+    config = _load_config(argv)
+    if config is not None:
+        for argument in argv[1:]:
+            match = re.match(r"--(?:no)?config\.([\w.]+)", argument)
+            if match and (trouble := _unknown_key(config, match[1])):
+                raise UserError(trouble)
     try:
         return flags.FLAGS(argv)
     except flags.UnrecognizedFlagError as error:
         near = difflib.get_close_matches(error.flagname, list(flags.FLAGS), 1)
-        raise UserError(f"unknown flag --{error.flagname}{f'; did you mean --{near[0]}?' if near else ''}") from None
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        override = re.search(r"--(?:no)?config\.([\w.]+)", " ".join(argv))
-        if override is None and not isinstance(error, flags.Error):
-            raise
-        raise UserError(_explain_override(argv, error)) from None
-    except (FileNotFoundError, OSError) as error:
-        raise UserError(f"--config: {error}; give the path of an experiment file, e.g. experiments/demo.py") from None
+        hint = f"did you mean --{near[0]}?" if near else "--help lists the flags"
+        raise UserError(f"unknown flag --{error.flagname}; {hint}") from None
+    except (flags.Error, TypeError, ValueError) as error:
+        raise UserError(f"{error}; give a value of the same type as in the config file") from None
 
 
-def _explain_override(argv: list[str], error: Exception) -> str:
-    """Which --config.key of the command line does not exist or has a wrong value, and the nearest key that does."""
-    config = _config_file(argv)
-    for argument in argv[1:] if config is not None else []:
-        match = re.match(r"--config\.([\w.\[\]]+)", argument)
-        if match and (unknown := _unknown_key(config, match[1])):
-            return unknown
-    return str(error)
-
-
-def _config_file(argv: list[str]) -> ConfigDict | None:
-    """The config without its overrides, or None when the file itself is the trouble."""
-    path = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), None)
-    if path is None or not os.path.exists(path.split(":")[0]):
+def _load_config(argv: list[str]) -> ConfigDict | None:
+    """The --config of the command line without its overrides; None where there is none."""
+    given = [a.removeprefix("--config=") for a in argv if a.startswith("--config=")]
+    if not given:
         return None
-    scope: dict = {"__file__": path, "__name__": "config"}
-    sys.path.insert(0, os.getcwd())
+    path = Path(given[-1].split(":")[0])
+    if not path.is_file() or path.suffix != ".py":
+        raise UserError(f"--config={given[-1]}: there is no such .py file; see the experiments/ folder for some")
+    # Experiments import the one they differ from as `experiments.NAME`, from whatever folder the command was started.
+    for parent in path.resolve().parents:
+        if parent.name == "experiments" and str(parent.parent) not in sys.path:
+            sys.path.append(str(parent.parent))
+    spec = importlib.util.spec_from_file_location("_config_without_overrides", path)
+    module = importlib.util.module_from_spec(spec)
     try:
-        with open(path) as file:
-            exec(compile(file.read(), path, "exec"), scope)
-        return scope["get_config"]()
-    except Exception:
-        return None
-    finally:
-        sys.path.pop(0)
+        spec.loader.exec_module(module)
+        argument = given[-1].split(":")[1:]
+        return module.get_config(*argument)
+    except Exception as error:
+        where = f"{type(error).__name__}: {error}"
+        raise UserError(f"--config={given[-1]} cannot be loaded ({where}); it must define get_config()") from error
 
 
 def _unknown_key(config: ConfigDict, key: str) -> str | None:
-    """None if config has this dotted key, else a line that says what is wrong with it."""
-    node, done = config, []
+    """None if config has this dotted key, else a line that names the nearest one it has."""
+    node = config
     for part in key.split("."):
         if not isinstance(node, ConfigDict) or part not in node:
-            keys = list(node.keys()) if isinstance(node, ConfigDict) else []
-            near = difflib.get_close_matches(part, keys, 1, cutoff=0.5) or _anywhere(config, part)
-            hint = f"did you mean --config.{'.'.join([*done, near[0]])}?" if near and near[0] in keys else ""
-            if near and not hint:
-                hint = f"did you mean --config.{near[0]}?"
-            return f"--config.{key}: there is no such key; {hint or 'the keys here are ' + ', '.join(keys)}"
+            break
         node = node[part]
-        done.append(part)
-    return None
+    else:
+        return None
+    near = difflib.get_close_matches(key, list(_dotted(config)), 1, cutoff=0.5)
+    leaf = [k for k in _dotted(config) if k.split(".")[-1] == key.split(".")[-1]]
+    hint = (leaf or near or [None])[0]
+    return f"--config.{key}: there is no such key; " + (
+        f"did you mean --config.{hint}?" if hint else f"the keys are {', '.join(config.keys())}"
+    )
 
 
-def _anywhere(config: ConfigDict, leaf: str) -> list[str]:
-    """Dotted keys of the whole config whose last part resembles `leaf`."""
-    dotted: dict[str, str] = {}
-
-    def walk(node: ConfigDict, prefix: str) -> None:
-        for name, value in node.items():
-            dotted.setdefault(name, prefix + name)
-            if isinstance(value, ConfigDict):
-                walk(value, f"{prefix}{name}.")
-
-    walk(config, "")
-    return [dotted[name] for name in difflib.get_close_matches(leaf, dotted, 1)]
+def _dotted(config: ConfigDict, prefix: str = "") -> Iterator[str]:
+    """All keys of a nested config, joined by dots."""
+    for name, value in config.items():
+        yield prefix + name
+        if isinstance(value, ConfigDict):
+            yield from _dotted(value, f"{prefix}{name}.")

@@ -85,8 +85,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
         if broken:
             raise UserError(
                 f"step {step}: {' and '.join(broken)} not finite on the images with ids {dict(image_ids).get(step)}; "
-                f"the last good checkpoint is {checkpoints.latest_step or 'none'} in {workdir}/checkpoints; look at these "
-                "images, or lower optim.learning_rate or set optim.clip_norm"
+                f"the last good checkpoint is {checkpoints.latest_step or 'none'} in {workdir}/checkpoints; "
+                "look at these images, or lower optim.learning_rate or set optim.clip_norm"
             )
 
     metrics: dict[str, Any] = {}
@@ -132,8 +132,8 @@ def _check_same_data(saved: dict[str, Any], wanted: dict[str, Any], workdir: str
     for name, value in wanted.items():
         if saved.get(name) != value:
             raise UserError(
-                f"--workdir={workdir} was trained with {name} {saved.get(name)!r}, now it is {value!r}: the order of the "
-                "data would break; set it back, or train into another --workdir"
+                f"--workdir={workdir} was trained with {name} {saved.get(name)!r}, now it is {value!r}: the order of "
+                "the data would break; set it back, or train into another --workdir"
             )
 
 

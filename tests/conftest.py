@@ -19,3 +19,45 @@ DATA = Path(__file__).parent / "data"
 def data_dir() -> Path:
     """The small files that tests compare with; tests/data/README.md says where each comes from."""
     return DATA
+
+
+@pytest.fixture
+def tiny_config():
+    """The demo, small enough that a training step compiles in seconds: 64-pixel images, a few channels."""
+    from experiments.demo import get_config
+
+    config = get_config()
+    config.batch_size = config.eval_batch_size = 8
+    config.data.shorter, config.data.longest, config.data.buckets = (64,), 64, ((64, 64),)
+    config.model.backbone.update(width=4, norm="gn")
+    config.model.neck.channels = 8
+    config.model.box_head.channels = 16
+    config.model.rpn.update(sizes=((8.0,), (16.0,), (32.0,), (64.0,), (128.0,)), samples=16)
+    config.model.rpn.update(pre_nms_train=32, post_nms_train=32, pre_nms_test=32, post_nms_test=16)
+    config.model.box.update(samples=8, detections=8, canonical_size=32.0)
+    return config
+
+
+@pytest.fixture
+def make_batch():
+    """make_batch(n, seed) -> a `Batch` of n 64-pixel noise images with one to three boxes, the first without any."""
+    import numpy as np
+
+    from fpn_jax.types import Batch
+
+    def make(n: int, seed: int = 0, size: int = 64) -> Batch:
+        rng = np.random.default_rng(seed)
+        corners = rng.uniform(0, size * 0.6, (n, 4, 2))
+        sides = rng.uniform(size * 0.1, size * 0.4, (n, 4, 2))
+        valid = np.arange(4) < rng.integers(1, 4, (n, 1))
+        valid[0] = False
+        boxes = np.concatenate([corners, corners + sides], -1) * valid[..., None]
+        return Batch(
+            image=rng.integers(0, 256, (n, size, size, 3), np.uint8),
+            size=np.tile(np.array([[size, size - 8]], np.int32), (n, 1)),
+            boxes=boxes.astype(np.float32),
+            labels=rng.integers(0, 3, (n, 4)).astype(np.int32) * valid,
+            valid=valid,
+        )
+
+    return make

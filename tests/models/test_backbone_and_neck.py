@@ -1,0 +1,152 @@
+"""Shapes and arithmetic of the bottom-up and the top-down pathway."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fpn_jax.models.backbones.resnet import ResNet
+from fpn_jax.models.layers import Conv, max_pool, normalize_pixels, upsample_nearest
+from fpn_jax.models.necks.fpn import FPN
+
+
+def shapes(module, *inputs):
+    return jax.eval_shape(lambda: module.init_with_output(jax.random.key(0), *inputs))
+
+
+def count(tree):
+    return sum(x.size for x in jax.tree.leaves(tree))
+
+
+def test_resnet50_fpn_of_a_512_image_has_the_papers_sizes():
+    image = jnp.zeros((1, 512, 512, 3))
+    features, variables = shapes(ResNet(depth=50), image)
+    assert {level: x.shape for level, x in features.items()} == {
+        2: (1, 128, 128, 256),
+        3: (1, 64, 64, 512),
+        4: (1, 32, 32, 1024),
+        5: (1, 16, 16, 2048),
+    }
+    pyramid, neck = shapes(FPN(), {level: jnp.zeros(x.shape) for level, x in features.items()})
+    assert {level: x.shape[1:] for level, x in pyramid.items()} == {
+        2: (128, 128, 256),
+        3: (64, 64, 256),
+        4: (32, 32, 256),
+        5: (16, 16, 256),
+        6: (8, 8, 256),
+    }
+    # torchvision's resnet50 without its classifier has 25,557,032 - 2,049,000 weights, 53,120 of them of batch norms
+    assert count(variables["params"]) == 25_557_032 - 2_049_000 - 53_120
+    assert count(variables["batch_stats"]) == 2 * 53_120
+    assert count(neck["params"]) == 3_344_384  # torchvision's BackboneWithFPN minus its body
+
+
+@pytest.mark.parametrize(
+    ("depth", "parameters"),
+    [(18, 11_176_512), (34, 21_284_672), (101, 42_500_160), (152, 58_143_808)],
+)
+def test_resnets_have_the_published_number_of_parameters(depth, parameters):
+    _, variables = shapes(ResNet(depth=depth, norm="bn"), jnp.zeros((1, 64, 64, 3)))
+    assert count(variables["params"]) == parameters
+
+
+@pytest.mark.parametrize("norm", ["frozen_bn", "bn", "gn"])
+def test_norms_run_and_frozen_stages_get_no_gradient(norm):
+    net = ResNet(depth=18, blocks=(1, 1, 1, 1), width=8, norm=norm, frozen_stages=2)
+    x = jax.random.normal(jax.random.key(1), (2, 64, 64, 3))
+    variables = net.init(jax.random.key(0), x)
+    stats = variables.get("batch_stats", {})
+
+    def loss(params):
+        features, updated = net.apply({"params": params, "batch_stats": stats}, x, train=True, mutable=["batch_stats"])
+        return sum((f**2).sum() for f in features.values()), updated.get("batch_stats", {})
+
+    grads, updated = jax.grad(loss, has_aux=True)(variables["params"])
+    for name, tree in grads.items():
+        frozen = name.startswith(net.frozen_prefixes)
+        assert frozen == name.startswith(("stem_", "stage2_"))
+        assert all((np.abs(g).max() == 0) == frozen for g in jax.tree.leaves(tree)), name
+    moved = {
+        name
+        for name in stats
+        if any(jax.tree.leaves(jax.tree.map(lambda a, b: (a != b).any(), stats[name], updated[name])))
+    }
+    live = {name for name in stats if not name.startswith(("stem_", "stage2_"))}
+    assert moved == (live if norm == "bn" else set())
+
+
+def test_stride_in_1x1_moves_the_stride():
+    for in_1x1, expected in ((False, 16), (True, 8)):
+        net = ResNet(depth=50, blocks=(1, 1, 1, 1), width=4, stride_in_1x1=in_1x1)
+        jaxpr = str(jax.make_jaxpr(lambda net=net: net.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3))))())
+        strided = jaxpr.count("window_strides=(2, 2)")
+        assert strided == (1 if in_1x1 else 4), (in_1x1, expected, strided)  # the stem, and three 3x3
+
+
+def slow_conv(x, kernel, stride):
+    kh = kernel.shape[0]
+    pad = kh // 2
+    x = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    rows = range(0, x.shape[1] - kh + 1, stride)
+    columns = range(0, x.shape[2] - kh + 1, stride)
+    return np.stack(
+        [
+            np.stack([np.einsum("bhwi,hwio->bo", x[:, r : r + kh, c : c + kh], kernel) for c in columns], 1)
+            for r in rows
+        ],
+        1,
+    )
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (1, 2), (3, 1), (3, 2), (7, 2)])
+def test_conv_pads_symmetrically(kernel, stride):
+    x = np.random.default_rng(0).normal(size=(2, 9, 12, 3)).astype(np.float32)
+    layer = Conv(5, kernel, stride)
+    variables = layer.init(jax.random.key(0), x)
+    expected = slow_conv(x, np.asarray(variables["params"]["kernel"]), stride)
+    np.testing.assert_allclose(layer.apply(variables, x), expected, atol=1e-5)
+
+
+def test_max_pool_never_picks_the_padding():
+    x = -np.arange(1.0, 17).reshape(1, 4, 4, 1)
+    np.testing.assert_array_equal(max_pool(jnp.asarray(x), 3, 2)[0, ..., 0], [[-1, -2], [-5, -6]])
+
+
+@pytest.mark.parametrize("size", [(6, 8), (5, 7), (3, 4), (4, 9)])
+def test_upsample_reads_the_nearest_source_row(size):
+    x = np.random.default_rng(0).normal(size=(1, 3, 4, 2)).astype(np.float32)
+    rows = [i * 3 // size[0] for i in range(size[0])]
+    columns = [i * 4 // size[1] for i in range(size[1])]
+    np.testing.assert_array_equal(upsample_nearest(jnp.asarray(x), size), x[:, rows][:, :, columns])
+
+
+def test_pixels_are_normalised_and_padding_is_zero():
+    image = np.random.default_rng(0).integers(0, 256, (2, 4, 6, 3), np.uint8)
+    size = np.array([[4, 6], [3, 2]], np.int32)
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
+    out = np.asarray(normalize_pixels(jnp.asarray(image), jnp.asarray(size), mean, std))
+    np.testing.assert_allclose(out[0], (image[0] / 255 - np.array(mean)) / std, atol=1e-5)
+    np.testing.assert_allclose(out[1, :3, :2], (image[1, :3, :2] / 255 - np.array(mean)) / std, atol=1e-5)
+    assert not out[1, 3:].any()
+    assert not out[1, :, 2:].any()
+
+
+def test_fpn_is_lateral_plus_upsampled_then_smoothed():
+    rng = np.random.default_rng(0)
+    features = {
+        level: rng.normal(size=(1, 16 >> (level - 2), 24 >> (level - 2), 2 * level)).astype(np.float32)
+        for level in (2, 3, 4, 5)
+    }
+    neck = FPN(channels=6)
+    variables = neck.init(jax.random.key(0), features)
+    pyramid = neck.apply(variables, features)
+    p = jax.tree.map(np.asarray, variables["params"])
+    merged = None
+    for level in (5, 4, 3, 2):
+        x = features[level] @ p[f"lateral{level}"]["kernel"][0, 0] + p[f"lateral{level}"]["bias"]
+        if merged is not None:
+            x = x + merged.repeat(2, 1).repeat(2, 2)
+        merged = x
+        smooth = p[f"smooth{level}"]
+        np.testing.assert_allclose(pyramid[level], slow_conv(x, smooth["kernel"], 1) + smooth["bias"], atol=1e-4)
+    np.testing.assert_array_equal(pyramid[6], pyramid[5][:, ::2, ::2])

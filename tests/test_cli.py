@@ -1,0 +1,52 @@
+"""A user's mistake on the command line is one line on stderr that says what to do, and exit status 2."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SHOW = """
+from fpn_jax import cli
+config = cli.config_flag()
+def main(argv):
+    cli.check_required(config=config.value)
+    print(config.value.batch_size, config.value.data.shorter, config.value.optim.learning_rate)
+cli.run(main)
+"""
+
+
+def show(*arguments, cwd=ROOT):
+    command = [sys.executable, "-c", SHOW, *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        ((), ["--config="]),
+        (("--config=nope.py",), ["nope.py", "experiments/"]),
+        (("--config=README.md",), ["README.md"]),
+        (("--config=experiments/demo.py", "--config.batch_sizee=4"), ["batch_sizee", "--config.batch_size?"]),
+        (("--config=experiments/demo.py", "--config.optim.learning_rat=4"), ["--config.optim.learning_rate?"]),
+        (("--config=experiments/demo.py", "--config.learning_rate=4"), ["--config.optim.learning_rate?"]),
+        (("--config=experiments/demo.py", "--config.batch_size=many"), ["batch_size", "many"]),
+        (("--config=experiments/demo.py", "--cofnig=4"), ["--cofnig", "--config?"]),
+    ],
+)
+def test_mistakes_are_one_line_that_names_the_key(arguments, names):
+    done = show(*arguments)
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("error: ")
+    for name in names:
+        assert name in done.stderr
+
+
+def test_overrides_arrive_and_the_folder_does_not_matter(tmp_path):
+    config = f"--config={ROOT}/experiments/demo.py"
+    done = show(config, "--config.batch_size=4", "--config.data.shorter=(64, 96)", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("4 (64, 96) ")
