@@ -21,8 +21,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.num_steps = 90_000
     config.eval_every = 10_000  # steps; 0: only at the end
     config.checkpoint_every = 1_000  # steps; also at the end
-    config.log_every = 20  # steps
     config.eval_batch_size = 16
+    config.pictures = 8  # of the evaluation split, drawn at the end
     config.ema_decay = 0.0  # of averaged weights, which are then the ones evaluated; 0: none
 
     config.data = data = ml_collections.ConfigDict()

@@ -2,11 +2,11 @@
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import jax
 import ml_collections
-from etils import epath
 
 from fpn_jax.data.datasets import Split, open_split
 from fpn_jax.data.pipeline import PipelineOptions, default_buckets
@@ -27,12 +27,12 @@ class Classes:
 
     def write(self, workdir: str) -> None:
         """Keep them in WORKDIR/classes.json."""
-        (epath.Path(workdir) / "classes.json").write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        (Path(workdir) / "classes.json").write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
     @classmethod
     def read(cls, workdir: str) -> "Classes":
         """Raises `UserError` if the workdir has none."""
-        path = epath.Path(workdir) / "classes.json"
+        path = Path(workdir) / "classes.json"
         if not path.exists():
             raise UserError(f"{path} is missing; train in this workdir first, or give another --workdir")
         return cls(**json.loads(path.read_text()))
@@ -41,7 +41,7 @@ class Classes:
 def set_up_jax() -> None:
     """Keep compiled programs between runs: a second start then takes seconds where the first took minutes."""
     if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(epath.Path("~/.cache/fpn_jax/jax").expanduser()))
+        jax.config.update("jax_compilation_cache_dir", str(Path("~/.cache/fpn_jax/jax").expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 

@@ -6,13 +6,16 @@ python -m fpn_jax.evaluate --workdir=runs/demo [--split=val] [--checkpoint=best]
 import pickle
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from fpn_jax import cli, common, evaluation
+from fpn_jax import cli, common, evaluation, visualize
 from fpn_jax.data.datasets import Split
+from fpn_jax.data.decode import decode
 from fpn_jax.data.pipeline import PipelineOptions, eval_batches
 from fpn_jax.training import checkpoint, sharding
 from fpn_jax.training.step import make_detect
@@ -20,6 +23,7 @@ from fpn_jax.training.step import make_detect
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the training run.")
 _SPLIT = flags.DEFINE_string("split", None, "Split to score; by default the config's data.eval_split.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "Which weights: best (of the evaluations) or latest.")
+_PICTURES = flags.DEFINE_integer("pictures", 8, "How many images to draw, ground truth beside predictions.")
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Where the prepared data lies, if not where the training found it.")
 
 
@@ -71,6 +75,27 @@ def score_split(workdir: str, split: Split, results: list[dict[str, Any]]) -> di
     return metrics
 
 
+def draw_split(workdir: str, split: Split, results: list[dict[str, Any]], count: int) -> None:
+    """Ground truth beside predictions for `count` images evenly over the split, and all of them on one page.
+
+    Written to WORKDIR/eval/SPLIT/pictures/ and WORKDIR/eval/SPLIT/overview.jpg.
+    """
+    if count <= 0:
+        return
+    by_image = evaluation.detections_by_image(results, split.category_ids)
+    none = {"boxes": np.zeros((0, 4)), "scores": np.zeros(0), "labels": np.zeros(0, np.int32)}
+    folder = Path(workdir) / "eval" / split.split
+    pages = []
+    for i in np.unique(np.linspace(0, len(split) - 1, count).astype(int)):
+        name = str(split.index.file_name[i])
+        image = decode(split.source[i]["image"], name, tuple(split.image_sizes[i]))
+        found = by_image.get(int(split.index.image_id[i]), none)
+        page = visualize.side_by_side(image, split.objects(i), found, split.class_names, caption=name)
+        visualize.save(folder / "pictures" / f"{Path(name).stem}.jpg", page)
+        pages.append(page)
+    visualize.save(folder / "overview.jpg", visualize.contact_sheet(pages, columns=2))
+
+
 def main(argv: Sequence[str]) -> None:
     """Entry point."""
     del argv
@@ -93,6 +118,7 @@ def main(argv: Sequence[str]) -> None:
     results = detect_split(make_detect(detector), variables, mesh, split, options, config.eval_batch_size)
     metrics = score_split(workdir, split, results)
     if sharding.process()[0] == 0:
+        draw_split(workdir, split, results, _PICTURES.value)
         print(evaluation.metrics_table(metrics))
         print(f"step {step}, {len(split)} images; written to {workdir}/eval/{split.split}/")
 

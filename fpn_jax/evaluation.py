@@ -87,8 +87,8 @@ def coco_metrics(ground_truth: dict[str, Any], results: Sequence[dict[str, Any]]
     """COCO's twelve numbers, each 0 .. 1 or None, over all classes; and per class.
 
     ground_truth is a COCO dict (images, annotations with xywh `bbox`, `area`, `iscrowd`, and categories); images
-    without objects count, as their detections are false. Keys: AP, AP50, AP75, AP_small, AP_medium, AP_large, AR1, AR10,
-    AR100, AR_small, AR_medium, AR_large, num_images, num_objects (crowds not counted), num_detections, and
+    without objects count, as their detections are false. Keys: AP, AP50, AP75, AP_small, AP_medium, AP_large, AR1,
+    AR10, AR100, AR_small, AR_medium, AR_large, num_images, num_objects (crowds not counted), num_detections, and
     `per_class` {name: {category_id, num_objects, AP, AP50, AR100}} in the order of the ids.
 
     Raises `UserError` for a result whose image or category the ground truth does not have, or that is not finite.
@@ -146,8 +146,8 @@ def _check_results(ground_truth: dict[str, Any], results: Sequence[dict[str, Any
         unknown = {result[key] for result in results} - {row["id"] for row in ground_truth[table]}
         if unknown:
             raise UserError(
-                f"detections: {key} {min(unknown)} ({len(unknown)} such ids) is not among the {table} of the ground truth; "
-                "score them with the data set and split that they were made from"
+                f"detections: {key} {min(unknown)} ({len(unknown)} such ids) is not among the {table} of the "
+                "ground truth; score them with the data set and split that they were made from"
             )
     numbers = np.array([(*result["bbox"], result["score"]) for result in results], np.float64).reshape(-1, 5)
     finite = np.isfinite(numbers).all(1)

@@ -1,6 +1,6 @@
 """Detect objects in pictures: annotated copies and one COCO-results JSON.
 
-    python -m fpn_jax.predict --workdir=runs/demo picture.jpg folder/ --output=found [--threshold=0.5]
+python -m fpn_jax.predict --workdir=runs/demo picture.jpg folder/ --output=found [--threshold=0.5]
 """
 
 import json

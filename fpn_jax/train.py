@@ -4,30 +4,36 @@ python -m fpn_jax.train --config=experiments/demo.py --workdir=runs/demo [--conf
 """
 
 import collections
+import json
 import math
+import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import jax
 import ml_collections
-import numpy as np
 from absl import flags
 
-from fpn_jax import cli, common, evaluation
-from fpn_jax.data.pipeline import train_batches
+from fpn_jax import cli, common, evaluation, visualize
+from fpn_jax.data.datasets import Split
+from fpn_jax.data.pipeline import PipelineOptions, train_batches
 from fpn_jax.errors import UserError
-from fpn_jax.evaluate import detect_split, score_split
+from fpn_jax.evaluate import detect_split, draw_split, score_split
 from fpn_jax.training import checkpoint, sharding
 from fpn_jax.training.logs import MetricLog
 from fpn_jax.training.optim import make_optimizer, make_schedule
 from fpn_jax.training.state import inference_variables, init_variables, make_state
 from fpn_jax.training.step import make_detect, make_train_step
+from fpn_jax.types import TrainState
 
 _CONFIG = cli.config_flag()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and scores; a run there continues.")
 
 
 def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
-    """Run (or continue) the experiment in workdir and return the metrics of the last evaluation."""
+    """Run the experiment in workdir, or what is left of it, and return the metrics of the last evaluation."""
     sharding.start_processes()
     common.set_up_jax()
     rank, world = sharding.process()
@@ -46,79 +52,101 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     schedule = make_schedule(config.optim, config.batch_size, config.num_steps)
     optimizer = make_optimizer(config.optim, schedule, variables["params"], detector.frozen)
     state = sharding.put_replicated(mesh, make_state(variables, optimizer, config.ema_decay))
-    step_fn = make_train_step(detector, optimizer, schedule, config.seed, config.accumulate, config.ema_decay)
-    detect = make_detect(detector)
+    train_step = make_train_step(detector, optimizer, schedule, config.seed, config.accumulate, config.ema_decay)
 
-    lock = checkpoint.claim_workdir(workdir, config)
-    if rank == 0:
-        classes.write(workdir)
-    checkpoints = checkpoint.Checkpoints(workdir)
-    if found := checkpoints.restore(state):
-        state, position = found
-        _check_same_data(position, _position(config, train_split), workdir)
-    first = int(state.step)
-    batches = train_batches(
-        train_split, options, config.batch_size, config.seed, config.num_steps, rank=rank, world=world, start=first
-    )
-    log = MetricLog(workdir, config.num_steps, first, enabled=rank == 0)
-    log.message(
-        f"{_describe(variables, mesh, train_split, options)}; {'continuing at' if first else 'from'} step {first}"
-    )
+    with checkpoint.claim_workdir(workdir, config):
+        checkpoints = checkpoint.Checkpoints(workdir)
+        position = _position(config, train_split)
+        if found := checkpoints.restore(state):
+            state, saved_position = found
+            _check_same_data(saved_position, position, workdir)
+        first = int(state.step)
+        batches = train_batches(
+            train_split, options, config.batch_size, config.seed, config.num_steps, rank=rank, world=world, start=first
+        )
+        if rank == 0:
+            classes.write(workdir)
+        with MetricLog(workdir, config.num_steps, first, enabled=rank == 0) as log:
+            log.message(_describe(state, mesh, train_split, options, first))
+            run = _Run(config, workdir, mesh, eval_split, options, make_detect(detector), checkpoints, log)
+            metrics = _finished(workdir) if first >= config.num_steps else None
+            for step, host in zip(range(first + 1, config.num_steps + 1), batches, strict=False):
+                run.image_ids.append((step, host["image_id"].tolist()))
+                state, step_metrics = train_step(state, sharding.put_batch(mesh, host))
+                run.check_finite(log.write(step, step_metrics))
+                last = step == config.num_steps
+                # Saving comes first: what an evaluation dies of must not cost the steps before it.
+                if last or step % config.checkpoint_every == 0:
+                    run.save(state, position)
+                if last or (config.eval_every and step % config.eval_every == 0):
+                    metrics = run.evaluate(state, last)
+            if metrics is None:  # killed between its last step and the end of the last evaluation
+                metrics = run.evaluate(state, True)
+        checkpoints.close()
+    return metrics
 
-    def evaluate_now(step: int) -> dict[str, Any]:
-        results = detect_split(detect, inference_variables(state), mesh, eval_split, options, config.eval_batch_size)
-        metrics = score_split(workdir, eval_split, results)
-        log.write_now(step, {f"eval/{name}": value for name, value in metrics.items() if isinstance(value, float)})
-        log.message(f"step {step}: " + "  ".join(f"{k} {metrics[k] or 0:.3f}" for k in ("AP", "AP50", "AP75")))
-        best = checkpoints.best_metrics()
+
+@dataclass
+class _Run:
+    """What happens between steps: checkpoints, evaluations, and the watch over the loss."""
+
+    config: ml_collections.ConfigDict
+    workdir: str
+    mesh: Any
+    eval_split: Split
+    options: PipelineOptions
+    detect: Any
+    checkpoints: checkpoint.Checkpoints
+    log: MetricLog
+    image_ids: collections.deque = field(default_factory=lambda: collections.deque(maxlen=3))  # steps not yet checked
+
+    def save(self, state: TrainState, position: dict[str, Any]) -> None:
+        """Checkpoint the state, after making sure that it is not broken."""
+        self.check_finite(self.log.flush())
+        self.checkpoints.save(state, position)
+
+    def evaluate(self, state: TrainState, last: bool) -> dict[str, Any]:
+        """Score the state and keep its weights if they are the best; the last time also draw and conclude."""
+        self.check_finite(self.log.flush())
+        step, batch_size = int(state.step), self.config.eval_batch_size
+        variables = inference_variables(state)
+        results = detect_split(self.detect, variables, self.mesh, self.eval_split, self.options, batch_size)
+        metrics = score_split(self.workdir, self.eval_split, results)
+        numbers = {f"eval/{name}": value for name, value in metrics.items() if name != "per_class"}
+        self.log.write_now(step, numbers)
+        shown = "  ".join(f"{name} {metrics[name] or 0:.3f}" for name in ("AP", "AP50", "AP75", "AR100"))
+        self.log.message(f"step {step}, {len(self.eval_split)} images of {self.eval_split.split}: {shown}")
+        best = self.checkpoints.best_metrics()
         if best is None or (metrics["AP"] or 0.0) > best["AP"]:
-            checkpoints.save_best(state, {"AP": metrics["AP"] or 0.0})
+            self.checkpoints.save_best(state, {"AP": metrics["AP"] or 0.0})
+        if last and sharding.process()[0] == 0:
+            self._conclude(results)
         return metrics
 
-    image_ids: collections.deque[tuple[int, list[int]]] = collections.deque(maxlen=3)  # of the steps not yet checked
-
-    def check_finite(written: tuple[int, dict[str, float]] | None) -> None:
+    def check_finite(self, written: tuple[int, dict[str, float]] | None) -> None:
+        """Stop the run at the first loss or gradient that is not finite."""
         if written is None:
             return
         step, values = written
         broken = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
         if broken:
+            good = self.checkpoints.latest_step
             raise UserError(
-                f"step {step}: {' and '.join(broken)} not finite on the images with ids {dict(image_ids).get(step)}; "
-                f"the last good checkpoint is {checkpoints.latest_step or 'none'} in {workdir}/checkpoints; "
-                "look at these images, or lower optim.learning_rate or set optim.clip_norm"
+                f"step {step}: {' and '.join(broken)} not finite on the images with ids {dict(self.image_ids)[step]}; "
+                f"the last good checkpoint is {'none' if good is None else f'{self.workdir}/checkpoints/{good}'}; look "
+                "at these images, or lower optim.learning_rate or set optim.clip_norm, and run the same command"
             )
 
-    metrics: dict[str, Any] = {}
-    try:
-        for step, host in zip(range(first + 1, config.num_steps + 1), batches, strict=False):
-            image_ids.append((step, np.asarray(host["image_id"]).tolist()))
-            state, step_metrics = step_fn(state, sharding.put_batch(mesh, host))
-            check_finite(log.write(step, step_metrics))
-            last = step == config.num_steps
-            evaluating = last or (config.eval_every and step % config.eval_every == 0)
-            saving = last or step % config.checkpoint_every == 0
-            if evaluating or saving:
-                check_finite(log.flush())  # a broken state must not become a checkpoint
-            # Saving comes first: what an evaluation dies of must not cost the steps before it.
-            if saving:
-                checkpoints.save(state, _position(config, train_split))
-            if evaluating:
-                metrics = evaluate_now(step)
-        if not metrics:  # the run was complete already
-            metrics = evaluate_now(first)
-    finally:
-        log.close()
-    checkpoints.close()
-    if rank == 0:
-        print(evaluation.metrics_table(metrics))
-        print(f"everything lies in {workdir}; scores in {workdir}/eval/{eval_split.split}/metrics.json")
-    lock = None  # noqa: F841 - held until here
-    return metrics
+    def _conclude(self, results: list[dict[str, Any]]) -> None:
+        """Pictures, the curve, and the scores at the top of the workdir, where a finished run is recognised by them."""
+        draw_split(self.workdir, self.eval_split, results, self.config.pictures)
+        folder = Path(self.workdir)
+        visualize.curves(folder / "metrics.jsonl", folder / "curves.png")
+        shutil.copyfile(folder / "eval" / self.eval_split.split / "metrics.json", folder / "metrics.json")
 
 
-def _position(config: ml_collections.ConfigDict, split: Any) -> dict[str, Any]:
-    """With the step, the exact place in the data: the batches are a function of these and the step."""
+def _position(config: ml_collections.ConfigDict, split: Split) -> dict[str, Any]:
+    """With the step, the exact place in the data: the batches are a function of these and the step alone."""
     return {
         "seed": config.seed,
         "batch_size": config.batch_size,
@@ -137,24 +165,30 @@ def _check_same_data(saved: dict[str, Any], wanted: dict[str, Any], workdir: str
             )
 
 
-def _describe(variables: dict[str, Any], mesh: Any, split: Any, options: Any) -> str:
-    count = sum(x.size for x in _leaves(variables["params"]))
-    buckets = " ".join(f"{h}x{w}" for h, w in options.buckets)
+def _finished(workdir: str) -> dict[str, Any] | None:
+    path = Path(workdir) / "metrics.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _describe(state: TrainState, mesh: Any, split: Split, options: PipelineOptions, first: int) -> str:
+    count = sum(x.size for x in jax.tree.leaves(state.params))
+    buckets = " ".join(f"{height}x{width}" for height, width in options.buckets)
     return (
-        f"{count / 1e6:.1f} M parameters, {mesh.size} device(s), {len(split)} images of {split.name} {split.split}, "
-        f"buckets {buckets}"
+        f"{'continuing at' if first else 'starting from'} step {first}: {count / 1e6:.1f} M parameters, {mesh.size} "
+        f"device{'s' * (mesh.size > 1)}, {len(split)} images of {split.name} {split.split}, buckets {buckets}"
     )
-
-
-def _leaves(tree: Any) -> list[Any]:
-    return [leaf for x in tree.values() for leaf in (_leaves(x) if isinstance(x, dict) else [x])]
 
 
 def main(argv: Sequence[str]) -> None:
     """Entry point."""
     del argv
-    cli.check_required(workdir=_WORKDIR.value, config=_CONFIG.value and "given")
-    train(_CONFIG.value, _WORKDIR.value)
+    cli.check_required(workdir=_WORKDIR.value, config=_CONFIG.value)
+    config, workdir = _CONFIG.value, _WORKDIR.value
+    metrics = train(config, workdir)
+    if sharding.process()[0] == 0:
+        print(evaluation.metrics_table(metrics))
+        print(f"scores: {workdir}/metrics.json  curve: {workdir}/curves.png  pictures: ", end="")
+        print(f"{workdir}/eval/{config.data.eval_split}/overview.jpg  TensorBoard: --logdir={workdir}/tensorboard")
 
 
 if __name__ == "__main__":

@@ -36,8 +36,8 @@ def build_detector(model: Mapping[str, Any], num_classes: int) -> FasterRCNN:
         neck=_make("model.neck", NECKS, model["neck"], dtype=dtype),
         rpn_head=RPNHead(len(settings.sizes[0]) * len(settings.ratios), dtype=dtype),
         box_head=BoxHead(num_classes, box_settings.background, model["box_head"]["channels"], dtype=dtype),
-        rpn=settings,
-        box=box_settings,
+        rpn_settings=settings,
+        box_settings=box_settings,
         dtype=dtype,
     )
 

@@ -20,7 +20,7 @@ class FasterRCNN(nn.Module):
     Attributes:
         backbone: image -> {l: C_l}; neck: {l: C_l} -> {l: P_l}; rpn_head: {l: P_l} -> logits and deltas per anchor;
         box_head: RoI features -> class logits and deltas per RoI.
-        rpn, box: named differences between published implementations.
+        rpn_settings, box_settings: named differences between published implementations.
         pixel_mean, pixel_std: RGB, on the scale 0 to 1.
     """
 
@@ -28,8 +28,8 @@ class FasterRCNN(nn.Module):
     neck: nn.Module
     rpn_head: nn.Module
     box_head: nn.Module
-    rpn: rpn.RPNSettings = rpn.RPNSettings()
-    box: box.BoxSettings = box.BoxSettings()
+    rpn_settings: rpn.RPNSettings = rpn.RPNSettings()
+    box_settings: box.BoxSettings = box.BoxSettings()
     pixel_mean: tuple[float, ...] = IMAGENET_MEAN
     pixel_std: tuple[float, ...] = IMAGENET_STD
     dtype: Any = jnp.float32
@@ -46,13 +46,13 @@ class FasterRCNN(nn.Module):
         self, pyramid: dict[int, jax.Array], image_size: tuple[int, int], size: jax.Array, train: bool
     ) -> tuple[rpn.Proposals, jax.Array, jax.Array, jax.Array]:
         """The RPN: (proposals, logits [b r], deltas [b r 4], anchors [r 4]), r over all levels one after another."""
-        pyramid = {level: pyramid[level] for level in self.rpn.levels}
+        pyramid = {level: pyramid[level] for level in self.rpn_settings.levels}
         with jax.named_scope("rpn_head"):
             logits, deltas = self.rpn_head(pyramid)
         grids = {level: x.shape[1:3] for level, x in pyramid.items()}
-        anchors = rpn.make_anchors(self.rpn, grids, image_size)
+        anchors = rpn.make_anchors(self.rpn_settings, grids, image_size)
         with jax.named_scope("proposals"):
-            proposals = rpn.propose(self.rpn, logits, deltas, anchors, size, train)
+            proposals = rpn.propose(self.rpn_settings, logits, deltas, anchors, size, train)
         flat_logits, flat_deltas = (jnp.concatenate(list(x.values()), axis=1) for x in (logits, deltas))
         return (
             proposals,
@@ -74,11 +74,11 @@ class FasterRCNN(nn.Module):
         proposals, logits, deltas, anchors = self.propose(pyramid, batch.image.shape[1:3], batch.size, True)
         with jax.named_scope("rpn_losses"):
             rpn_losses, rpn_statistics = rpn.rpn_losses(
-                self.rpn, logits, deltas, anchors, batch.boxes, batch.valid, keys[0]
+                self.rpn_settings, logits, deltas, anchors, batch.boxes, batch.valid, keys[0]
             )
         with jax.named_scope("roi_sampling"):
             rois = box.sample_rois(
-                self.box,
+                self.box_settings,
                 self.box_head.num_classes,
                 proposals.boxes,
                 proposals.valid,
@@ -88,11 +88,11 @@ class FasterRCNN(nn.Module):
                 keys[1],
             )
         with jax.named_scope("roi_align"):
-            pooled = box.roi_features(self.box, pyramid, rois.boxes)
+            pooled = box.roi_features(self.box_settings, pyramid, rois.boxes)
         with jax.named_scope("box_head"):
             class_logits, box_deltas = self.box_head(pooled)
         with jax.named_scope("box_losses"):
-            box_losses, box_statistics = box.box_losses(self.box, class_logits, box_deltas, rois)
+            box_losses, box_statistics = box.box_losses(self.box_settings, class_logits, box_deltas, rois)
         return rpn_losses | box_losses, rpn_statistics | box_statistics
 
     def detect(self, image: jax.Array, size: jax.Array) -> Detections:
@@ -100,11 +100,11 @@ class FasterRCNN(nn.Module):
         pyramid = self.features(image, size)
         proposals, *_ = self.propose(pyramid, image.shape[1:3], size, False)
         with jax.named_scope("roi_align"):
-            pooled = box.roi_features(self.box, pyramid, proposals.boxes)
+            pooled = box.roi_features(self.box_settings, pyramid, proposals.boxes)
         with jax.named_scope("box_head"):
             class_logits, box_deltas = self.box_head(pooled)
         with jax.named_scope("detect"):
-            return box.detect(self.box, class_logits, box_deltas, proposals.boxes, proposals.valid, size)
+            return box.detect(self.box_settings, class_logits, box_deltas, proposals.boxes, proposals.valid, size)
 
     @property
     def frozen(self) -> tuple[tuple[str, ...], ...]:

@@ -11,12 +11,11 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import ml_collections
 import orbax.checkpoint as ocp
-from etils import epath
 
 from fpn_jax.errors import UserError
 from fpn_jax.types import TrainState
@@ -149,38 +148,38 @@ class Checkpoints:
             )
 
 
-def claim_workdir(workdir: str, config: ml_collections.ConfigDict) -> Any:
+def claim_workdir(workdir: str, config: ml_collections.ConfigDict) -> IO[str]:
     """Lock the workdir for training and write its config.json. Keep the result: the lock lasts as long as it does.
 
-    The lock goes with the process, however that ends, so a killed run leaves no stale one. Only folders of this
-    machine can be locked; for gs:// and the like the check is skipped.
-    Raises `UserError` if another process trains there.
+    The lock goes with the process, however that ends, so a killed run leaves no stale one.
+    Raises `UserError` if another process trains there, or if it is no folder of this machine.
     """
-    folder = epath.Path(workdir)
+    if "://" in workdir:
+        raise UserError(f"--workdir={workdir}: only folders of this machine so far; give a path without ://")
+    folder = Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
-    lock = None
-    if "://" not in workdir:
-        lock = open(os.path.join(workdir, "lock"), "a+")  # noqa: SIM115 - the caller keeps it open
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.seek(0)
-            raise UserError(
-                f"--workdir={workdir} is in use by process {lock.read().strip() or '?'}; wait for it, stop it, "
-                "or give another folder"
-            ) from None
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
+    lock = open(folder / "lock", "a+")  # noqa: SIM115 - the caller keeps it open
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.seek(0)
+        holder = lock.read().strip() or "?"
+        lock.close()
+        raise UserError(
+            f"--workdir={workdir} is in use by process {holder}; wait for it, stop it, or give another folder"
+        ) from None
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
     temporary = folder / "config.json.tmp"
     temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-    temporary.rename(folder / "config.json")
+    temporary.replace(folder / "config.json")
     return lock
 
 
 def read_config(workdir: str) -> ml_collections.ConfigDict:
     """The config that `claim_workdir` wrote, locked. Raises `UserError` if there is none."""
-    path = epath.Path(workdir) / "config.json"
+    path = Path(workdir) / "config.json"
     if not path.exists():
         raise UserError(f"--workdir={workdir}: there is no config.json; train there first, or give another folder")
     try:
@@ -190,9 +189,11 @@ def read_config(workdir: str) -> ml_collections.ConfigDict:
 
 
 def _manager(workdir: str, name: str, keep: int) -> ocp.CheckpointManager:
-    directory = workdir if "://" in workdir else str(Path(workdir).absolute())
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-    return ocp.CheckpointManager(epath.Path(directory) / name, options=options)
+    # Without its handlers a manager that has not saved yet cannot tell the shapes of what another has saved.
+    arrays = {item: ocp.StandardCheckpointHandler() for item in ("weights", "optimizer")}
+    values = {item: ocp.JsonCheckpointHandler() for item in ("data", "metrics")}
+    return ocp.CheckpointManager(Path(workdir).absolute() / name, options=options, item_handlers=arrays | values)
 
 
 def _weights(state: TrainState) -> dict[str, Any]:

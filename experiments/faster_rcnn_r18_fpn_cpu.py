@@ -1,0 +1,47 @@
+"""Faster R-CNN, ResNet-18-FPN, small enough for a laptop or two CPU cores: your own photographs at 384 pixels.
+
+    python -m fpn_jax.prepare --source=DIR --data_dir=data
+    python -m fpn_jax.train --config=experiments/faster_rcnn_r18_fpn_cpu.py --workdir=runs/mine \
+        --config.data.dataset=NAME --config.data.eval_split=SPLIT
+"""
+
+import ml_collections
+
+from experiments.faster_rcnn_r50_fpn import get_config as base
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """A narrow neck, few proposals, group norm and a warm-started cosine, for training from nothing."""
+    config = base()
+    config.batch_size = 4
+    config.eval_batch_size = 4
+    config.num_steps = 4000
+    config.eval_every = 500
+    config.checkpoint_every = 250
+    config.ema_decay = 0.999
+
+    config.data.shorter = (320, 384, 448)
+    config.data.longest = 640
+    config.data.interpolation = "area"
+    config.data.eval_split = "valid"
+    config.data.num_threads = 2
+
+    config.model.backbone.update(depth=18, width=32, norm="bn", frozen_stages=0)
+    config.model.neck.channels = 96
+    config.model.rpn.sizes = ((16.0,), (32.0,), (64.0,), (128.0,), (256.0,))
+    config.model.rpn.pre_nms_train = 500
+    config.model.rpn.post_nms_train = 500
+    config.model.rpn.pre_nms_test = 500
+    config.model.rpn.post_nms_test = 300
+    config.model.box_head.channels = 256
+    config.model.box.canonical_size = 112.0
+    config.model.box.samples = 128
+
+    config.optim.name = "adamw"
+    config.optim.learning_rate = 1e-3
+    config.optim.base_batch_size = 4
+    config.optim.weight_decay = 0.01
+    config.optim.warmup_steps = 200
+    config.optim.schedule = "cosine"
+    config.optim.clip_norm = 10.0
+    return config

@@ -1,0 +1,81 @@
+"""Boxes `x1 y1 x2 y2` in pixels, float32, width x2 - x1 (no +1). A box whose sides are not positive is empty.
+
+All functions are elementwise over the leading axes unless said, and neither they nor their gradients are ever NaN for
+finite boxes with sides below 1e18 pixels, padding of zeros included: callers mask the rows that mean nothing.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+DELTA_CLAMP = math.log(1000 / 16)  # of dw and dh: no box grows more than 62.5-fold
+
+
+def area(boxes: jax.Array) -> jax.Array:
+    """Areas [...] of boxes [... 4], square pixels; 0 for empty ones."""
+    x1, y1, x2, y2 = _columns(boxes)
+    return jnp.maximum(x2 - x1, 0) * jnp.maximum(y2 - y1, 0)
+
+
+def iou(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Intersection over union [r m] of every box of a [r 4] with every one of b [m 4]; 0 wherever one is empty."""
+    ax1, ay1, ax2, ay2 = (x[:, None] for x in _columns(a))
+    bx1, by1, bx2, by2 = _columns(b)
+    w = jnp.maximum(jnp.minimum(ax2, bx2) - jnp.maximum(ax1, bx1), 0)
+    h = jnp.maximum(jnp.minimum(ay2, by2) - jnp.maximum(ay1, by1), 0)
+    inter = w * h
+    union = area(a)[:, None] + area(b) - inter
+    return inter / jnp.where(inter > 0, union, 1)
+
+
+def clip(boxes: jax.Array, size: jax.Array) -> jax.Array:
+    """Boxes [... 4] cut to an image of `size` [2] (height, width); one wholly outside becomes empty, on the border."""
+    height, width = size[0], size[1]
+    return jnp.clip(boxes, 0, jnp.stack([width, height, width, height]).astype(boxes.dtype))
+
+
+def is_larger(boxes: jax.Array, side: float) -> jax.Array:
+    """bool [...]: both sides of boxes [... 4] are at least `side` pixels."""
+    return jnp.all(boxes[..., 2:] - boxes[..., :2] >= side, axis=-1)
+
+
+def encode(gt: jax.Array, anchors: jax.Array, weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0)) -> jax.Array:
+    """Deltas [... 4] (dx dy dw dh) that take `anchors` [... 4] to `gt` [... 4]; the two broadcast.
+
+    weights multiply dx, dy, dw, dh. Sides that are not positive count as one pixel, so that the result is finite.
+    Source: R-CNN (arXiv 1311.2524), equations 6 to 9 of its appendix C.
+    """
+    centre, sides = _centre_and_sides(anchors)
+    gt_centre, gt_sides = _centre_and_sides(gt)
+    sides, gt_sides = jnp.where(sides > 0, sides, 1), jnp.where(gt_sides > 0, gt_sides, 1)
+    deltas = jnp.concatenate([(gt_centre - centre) / sides, jnp.log(gt_sides / sides)], axis=-1)
+    return deltas * jnp.asarray(weights, deltas.dtype)
+
+
+def decode(
+    deltas: jax.Array,
+    anchors: jax.Array,
+    weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
+    clamp: float = DELTA_CLAMP,
+) -> jax.Array:
+    """Boxes [... 4] that `deltas` [... 4] make of `anchors` [... 4]; the two broadcast. The inverse of `encode`.
+
+    weights divide dx, dy, dw, dh; dw and dh are cut to `clamp` from above afterwards. Not clipped to the image.
+    Source: R-CNN (arXiv 1311.2524), equations 1 to 4 of its appendix C.
+    """
+    deltas = deltas / jnp.asarray(weights, deltas.dtype)
+    centre, sides = _centre_and_sides(anchors)
+    centre = deltas[..., :2] * sides + centre
+    half = 0.5 * (jnp.exp(jnp.minimum(deltas[..., 2:], clamp)) * sides)
+    return jnp.concatenate([centre - half, centre + half], axis=-1)
+
+
+def _columns(boxes: jax.Array) -> tuple[jax.Array, ...]:
+    return boxes[..., 0], boxes[..., 1], boxes[..., 2], boxes[..., 3]
+
+
+def _centre_and_sides(boxes: jax.Array) -> tuple[jax.Array, jax.Array]:
+    sides = boxes[..., 2:] - boxes[..., :2]
+    return boxes[..., :2] + 0.5 * sides, sides

@@ -1,0 +1,242 @@
+import contextlib
+import copy
+import io
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from fpn_jax import evaluation
+from fpn_jax.errors import UserError
+
+KEYS = [*evaluation._PRECISIONS, *evaluation._RECALLS]  # in the order of pycocotools' stats
+
+IMAGE = {"id": 1, "height": 100, "width": 100, "file_name": "a.jpg"}
+CLASSES = [{"id": 5, "name": "fish"}, {"id": 9, "name": "fish"}]
+OBJECT = {"id": 1, "image_id": 1, "category_id": 5, "bbox": [10, 10, 50, 50], "area": 2500.0, "iscrowd": 0}
+RESULT = {"image_id": 1, "category_id": 5, "bbox": [10, 10, 50, 50], "score": 0.5}
+
+
+def by_pycocotools(ground_truth, results):
+    """The oracle: (twelve numbers, per class [AP, AP50, AR100]), None for its -1."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO()
+        truth.dataset = copy.deepcopy(ground_truth)
+        truth.createIndex()
+        if results:
+            found = truth.loadRes(copy.deepcopy(results))
+        else:  # loadRes cannot do without
+            found = COCO()
+            found.dataset = copy.deepcopy(ground_truth) | {"annotations": []}
+            found.createIndex()
+        evaluator = COCOeval(truth, found, "bbox")
+        evaluator.evaluate()
+        evaluator.accumulate()
+        evaluator.summarize()
+    precision, recall = evaluator.eval["precision"], evaluator.eval["recall"]
+
+    def mean(values):
+        return None if (values == -1).all() else values[values > -1].mean()
+
+    per_class = [
+        [mean(precision[:, :, k, 0, 2]), mean(precision[0, :, k, 0, 2]), mean(recall[:, k, 0, 2])]
+        for k in range(precision.shape[2])
+    ]
+    return [None if value == -1 else value for value in evaluator.stats], per_class
+
+
+def random_case(rng):
+    """Crowds, ties of scores, areas on the borders of small and large, images without objects, a class without any."""
+    categories = [{"id": 3 * i + 2, "name": f"class {i}"} for i in range(rng.integers(1, 5))]
+    images = [
+        {"id": 7 * i + 1, "height": 300, "width": 400, "file_name": f"{i}.jpg"} for i in range(rng.integers(1, 7))
+    ]
+    ids = [category["id"] for category in categories]
+    annotations, results = [], []
+    for image in images:
+        for _ in range(rng.integers(0, 7)):
+            box = np.array([*rng.uniform(0, 200, 2), *np.exp(rng.uniform(1, 5.3, 2))]).round(rng.integers(0, 3))
+            area = float(rng.choice([box[2] * box[3], 0.6 * box[2] * box[3], 32.0**2, 96.0**2]))
+            ours = {"image_id": image["id"], "category_id": int(rng.choice(ids[: max(1, len(ids) - 1)]))}
+            annotations.append(ours | {"id": len(annotations) + 1, "bbox": box.tolist(), "area": area})
+            annotations[-1]["iscrowd"] = int(rng.random() < 0.2)
+            for _ in range(rng.integers(0, 4)):
+                moved = box + rng.normal(0, 0.1, 4) * box[[2, 3, 2, 3]] * rng.integers(0, 2)
+                category = ours["category_id"] if rng.random() < 0.8 else int(rng.choice(ids))
+                score = round(rng.random(), 1)
+                found = {"category_id": category, "bbox": [*moved[:2], *np.abs(moved[2:])], "score": score}
+                results.append(ours | found)
+        for _ in range(rng.integers(100, 130) if rng.random() < 0.2 else 0):  # more than COCO's 100 per image
+            box, score = rng.uniform(0, 200, 4).tolist(), round(rng.random(), 2)
+            results.append({"image_id": image["id"], "category_id": ids[0], "bbox": box, "score": score})
+    rng.shuffle(results)
+    return {"images": images, "annotations": annotations, "categories": categories}, results
+
+
+@pytest.fixture(scope="module")
+def known():
+    folder = Path(__file__).parent / "data" / "evaluator"
+    return [json.loads((folder / f"{name}.json").read_text()) for name in ("instances", "results", "expected")]
+
+
+def test_known_answer(known):
+    ground_truth, results, expected = known
+    metrics = evaluation.coco_metrics(ground_truth, results)
+    assert {key: round(metrics[key], 6) for key in KEYS} == expected
+    assert (metrics["num_images"], metrics["num_objects"], metrics["num_detections"]) == (100, 830, 734)
+    numbers, per_class = by_pycocotools(ground_truth, results)
+    assert [metrics[key] for key in KEYS] == numbers  # to the last bit
+    ours = metrics["per_class"]
+    assert [[row["AP"], row["AP50"], row["AR100"]] for row in ours.values()] == per_class
+    assert list(ours) == [c["name"] for c in sorted(ground_truth["categories"], key=lambda c: c["id"])]
+    assert ours["person"]["num_objects"] == 250
+    absent = {"category_id": 80, "num_objects": 0, "AP": None, "AP50": None, "AR100": None}
+    assert ours["toaster"] == absent
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_as_pycocotools_on_random_cases(seed):
+    ground_truth, results = random_case(np.random.default_rng(seed))
+    metrics = evaluation.coco_metrics(ground_truth, results)
+    numbers, per_class = by_pycocotools(ground_truth, results)
+    assert [metrics[key] for key in KEYS] == numbers
+    assert [[row["AP"], row["AP50"], row["AR100"]] for row in metrics["per_class"].values()] == per_class
+    counts = {c["id"]: 0 for c in ground_truth["categories"]}
+    for annotation in ground_truth["annotations"]:
+        counts[annotation["category_id"]] += not annotation["iscrowd"]
+    assert {row["category_id"]: row["num_objects"] for row in metrics["per_class"].values()} == counts
+
+
+def truth(**changes):
+    return {"images": [IMAGE], "annotations": [OBJECT], "categories": CLASSES} | changes
+
+
+@pytest.mark.parametrize(
+    ("ground_truth", "results", "ap", "ar"),
+    [
+        (truth(), [RESULT], 1.0, 1.0),
+        (truth(), [], 0.0, 0.0),
+        (truth(annotations=[]), [RESULT], None, None),
+        (truth(annotations=[]), [], None, None),
+        (truth(annotations=[OBJECT | {"iscrowd": 1}]), [RESULT], None, None),
+        (truth(images=[], annotations=[]), [], None, None),
+        (truth(annotations=[OBJECT | {"id": 0}]), [RESULT], 1.0, 1.0),  # pycocotools counts object 0 as never found
+    ],
+)
+def test_nothing_found_or_nothing_there(ground_truth, results, ap, ar):
+    metrics = evaluation.coco_metrics(ground_truth, results)
+    assert (metrics["AP"], metrics["AR100"]) == (ap and pytest.approx(ap), ar and pytest.approx(ar))
+    assert (metrics["AP_small"], metrics["per_class"]["fish (9)"]["AP"]) == (None, None)
+    assert "fish (9)" in evaluation.metrics_table(metrics)
+    json.dumps(metrics, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_id": 2}, r"image_id 2 \(1 such ids\) is not among the images"),
+        ({"category_id": 1}, r"category_id 1 \(1 such ids\) is not among the categories"),
+        ({"score": float("nan")}, "image_id 1 has a box or score that is not finite"),
+        ({"bbox": [0, float("inf"), 1, 1]}, "not finite"),
+    ],
+)
+def test_results_that_do_not_belong_are_refused(change, message):
+    with pytest.raises(UserError, match=message):
+        evaluation.coco_metrics(truth(), [RESULT, RESULT | change])
+
+
+def test_results_keep_order_ids_and_digits():
+    boxes = np.array([[1.23456, 2, 11.5, 22], [0, 0, 9, 9], [5, 6, 7, 8]], np.float32)
+    scores = np.array([1 / 3, 0.9, 0.1], np.float32)
+    valid = np.array([True, False, True])
+    results = evaluation.coco_results(boxes, scores, np.array([1, 0, 0]), valid, np.int64(42), [5, 9])
+    assert results == [
+        {"image_id": 42, "category_id": 9, "bbox": [1.235, 2.0, 10.265, 20.0], "score": 0.33333334},
+        {"image_id": 42, "category_id": 5, "bbox": [5.0, 6.0, 2.0, 2.0], "score": 0.1},
+    ]
+    assert np.float32(results[0]["score"]) == scores[0]
+    json.dumps(results)
+    back = evaluation.detections_by_image(results, [5, 9])
+    assert list(back) == [42] and back[42]["labels"].tolist() == [1, 0]
+    np.testing.assert_allclose(back[42]["boxes"], boxes[valid], atol=1e-3)
+    np.testing.assert_array_equal(back[42]["scores"], scores[valid])
+    assert evaluation.coco_results(np.zeros((0, 4)), [], [], [], 1, [5]) == []
+    assert evaluation.detections_by_image([], [5]) == {}
+
+
+def test_to_original_scales_each_axis_and_clips():
+    boxes = [[0, 0, 1197, 799], [-5, 10, 2000, 20]]  # of a 334 x 500 image that became 799 x 1197
+    back = evaluation.to_original(boxes, (799, 1197), (334, 500))
+    assert back.dtype == np.float32
+    np.testing.assert_allclose(back, [[0, 0, 500, 334], [0, 10 * 334 / 799, 500, 20 * 334 / 799]], rtol=1e-6)
+    assert evaluation.to_original(np.zeros((0, 4)), (10, 10), (5, 5)).shape == (0, 4)
+
+
+def make_metrics(classes):
+    rows = {
+        f"class {i:03d}": {"category_id": i, "num_objects": i, "AP": i / 100 or None, "AP50": 0.5, "AR100": 0.5}
+        for i in range(classes)
+    }
+    numbers = dict.fromkeys(KEYS, 0.125) | {"AP_small": None}
+    return numbers | {"num_images": 3, "num_objects": 5, "num_detections": 7, "per_class": rows}
+
+
+@pytest.mark.parametrize("classes", [0, 1, 7, 20, 21, 80, 365])
+def test_the_table_names_every_class_once_and_is_aligned(classes):
+    metrics = make_metrics(classes)
+    overall, *rest = evaluation.metrics_table(metrics).split("\n\n")
+    assert overall == "3 images, 5 objects, 7 detections"
+    assert [re.findall(r"\S+", line) for line in rest[0].splitlines()] == [
+        ["AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"],
+        ["0.125", "0.125", "0.125", "-", "0.125", "0.125"],
+    ]
+    lines = rest[2].splitlines() if classes else []
+    names = re.findall(r"class \d+", "\n".join(lines))
+    assert sorted(names) == list(metrics["per_class"])
+    assert len({len(line) for line in lines[:-1]}) <= 2 and all(len(line) <= 110 for line in lines)
+    assert classes < 80 or len(lines) < classes / 1.5
+
+
+@pytest.mark.parametrize(("sort", "order"), [("AP", -1), ("name", 1)])
+def test_the_table_is_sorted(sort, order):
+    metrics = make_metrics(7)
+    names = re.findall(r"^class \d+", evaluation.metrics_table(metrics, sort), re.M)
+    assert names == list(metrics["per_class"])[::order]
+    with pytest.raises(ValueError, match="sort='size'"):
+        evaluation.metrics_table(metrics, "size")
+
+
+def test_write_leaves_two_files_that_read_back(tmp_path):
+    metrics = evaluation.coco_metrics(truth(), [RESULT])
+    paths = evaluation.write(tmp_path, "valid", metrics, [RESULT, RESULT])
+    assert [str(path.relative_to(tmp_path)) for path in paths] == [
+        "eval/valid/metrics.json",
+        "eval/valid/detections.json",
+    ]
+    assert json.loads(paths[0].read_text()) == metrics and metrics["AP_small"] is None
+    assert json.loads(paths[1].read_text()) == [RESULT, RESULT]
+    evaluation.write(tmp_path, "valid", metrics, [])
+    assert json.loads(paths[1].read_text()) == []
+    assert sorted(os.listdir(paths[0].parent)) == ["detections.json", "metrics.json"]
+
+
+def test_a_write_that_fails_leaves_the_files_before(tmp_path, monkeypatch):
+    metrics = evaluation.coco_metrics(truth(), [RESULT])
+    paths = evaluation.write(tmp_path, "valid", metrics, [RESULT])
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(evaluation.os, "replace", full_disk)
+    with pytest.raises(UserError, match=r"detections\.json: No space left on device; free some space"):
+        evaluation.write(tmp_path, "valid", metrics, [])
+    assert json.loads(paths[1].read_text()) == [RESULT]
+    assert sorted(os.listdir(paths[0].parent)) == ["detections.json", "metrics.json"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="another folder"):
+        evaluation.write(tmp_path / "file", "valid", metrics, [])

@@ -1,0 +1,78 @@
+"""Every experiment file builds a detector, and the base names every semantic value at its documented default."""
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+
+import jax
+import pytest
+
+from experiments.faster_rcnn_r50_fpn import get_config
+from fpn_jax import common
+from fpn_jax.errors import UserError
+from fpn_jax.models import build_detector
+from fpn_jax.models.backbones.resnet import ResNet
+from fpn_jax.models.heads.box import BoxSettings
+from fpn_jax.models.heads.rpn import RPNSettings
+from fpn_jax.models.necks.fpn import FPN
+from fpn_jax.training.state import init_variables
+
+FILES = sorted((Path(__file__).parent.parent / "experiments").rglob("*.py"))
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_an_experiment_builds_and_says_its_command(path):
+    module = load(path)
+    config = module.get_config()
+    assert f"--config=experiments/{path.name}" in module.__doc__
+    options = common.pipeline_options(config)
+    detector = build_detector(config.model, 80)
+    shapes = jax.eval_shape(lambda: init_variables(detector, options.buckets[0], 0))
+    assert {"backbone", "neck", "rpn_head", "box_head"} == set(shapes["params"])
+
+
+def test_faster_rcnn_r50_fpn_has_torchvisions_number_of_parameters():
+    detector = build_detector(get_config().model, 90)  # 91 slots with the background
+    shapes = jax.eval_shape(lambda: init_variables(detector, (64, 64), 0))
+    trained = sum(x.size for x in jax.tree.leaves(shapes["params"]))
+    assert trained + 53_120 == 41_755_286  # the frozen batch norms' scales and biases are not parameters here
+
+
+@pytest.mark.parametrize(
+    ("key", "settings"),
+    [("rpn", RPNSettings), ("box", BoxSettings), ("backbone", ResNet), ("neck", FPN)],
+)
+def test_the_base_config_names_every_value_at_its_default(key, settings):
+    values = get_config().model[key].to_dict()
+    values.pop("name", None)
+    defaults = {f.name: f.default for f in dataclasses.fields(settings) if f.name not in ("parent", "name", "dtype")}
+    values = {name: value or None if name == "blocks" else value for name, value in values.items()}
+    assert values == defaults
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"backbone": {"name": "vgg"}}, r"model\.backbone\.name is 'vgg'; choose one of resnet"),
+        ({"neck": {"name": "fpn", "chanels": 3}}, r"model\.neck\.chanels: FPN has no such attribute"),
+        ({"dtype": "float16"}, r"model\.dtype is 'float16'; choose one of float32, bfloat16"),
+        ({"rpn": {"sizes": ((32,),)}}, r"model\.rpn\.sizes has 1 rows for 5 levels"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_its_key(change, message):
+    with pytest.raises(UserError, match=message):
+        build_detector(get_config().model.to_dict() | change, 3)
+
+
+def test_buckets_must_suit_the_coarsest_stride():
+    config = get_config()
+    config.data.buckets = ((800, 1333),)
+    with pytest.raises(UserError, match=r"data\.buckets: \(800, 1333\) is not .* multiples of 32"):
+        common.pipeline_options(config)

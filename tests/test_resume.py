@@ -1,0 +1,66 @@
+"""A run that is killed in the middle continues as if nothing had happened: the losses are equal bit for bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def command(config_path, workdir):
+    return [sys.executable, "-m", "fpn_jax.train", f"--config={config_path}", f"--workdir={workdir}"]
+
+
+def losses(workdir):
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+def environment():
+    return os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture
+def tiny_experiment(tmp_path, tiny_config, scenes_dir):
+    """A config file of a run of 12 steps on the scenes."""
+    tiny_config.update(num_steps=12, batch_size=2, eval_batch_size=2, checkpoint_every=4)
+    tiny_config.data.data_dir = str(scenes_dir)
+    path = tmp_path / "tiny.py"
+    body = json.dumps(tiny_config.to_dict())
+    path.write_text(
+        f"import json, ml_collections\ndef get_config():\n    return ml_collections.ConfigDict(json.loads({body!r}))\n"
+    )
+    return path
+
+
+def test_a_killed_run_continues_with_the_same_losses(tmp_path, tiny_experiment):
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    whole = subprocess.run(
+        command(tiny_experiment, unbroken), cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+    assert whole.returncode == 0, whole.stderr
+    expected = losses(unbroken)
+    assert sorted(expected) == list(range(1, 13))
+
+    victim = subprocess.Popen(command(tiny_experiment, broken), cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not any((broken / "checkpoints").glob("[0-9]*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    victim.send_signal(signal.SIGKILL)
+    assert victim.wait() == -signal.SIGKILL
+    before = sorted(losses(broken))
+    assert before[-1] < 12, "the run ended before it could be killed"
+
+    again = subprocess.run(
+        command(tiny_experiment, broken), cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+    assert again.returncode == 0, again.stderr
+    assert "continuing at step" in again.stderr
+    assert losses(broken) == expected
+    assert json.loads((broken / "metrics.json").read_text()) == json.loads((unbroken / "metrics.json").read_text())
