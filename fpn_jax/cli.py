@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from fpn_jax.errors import UserError
@@ -21,6 +21,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     """Parse flags and call main(argv); a `UserError` becomes one line on stderr and exit status 2."""
 
     def guarded(argv: Sequence[str]) -> None:
+        logging.set_verbosity(logging.ERROR)  # orbax and tfds tell of every file
         try:
             main(argv)
         except UserError as error:

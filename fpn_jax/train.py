@@ -20,7 +20,7 @@ from fpn_jax import cli, common, evaluation, visualize
 from fpn_jax.data.datasets import Split
 from fpn_jax.data.pipeline import PipelineOptions, train_batches
 from fpn_jax.errors import UserError
-from fpn_jax.evaluate import detect_split, draw_split, score_split
+from fpn_jax.scoring import detect_split, draw_split, score_split
 from fpn_jax.training import checkpoint, sharding
 from fpn_jax.training.logs import MetricLog
 from fpn_jax.training.optim import make_optimizer, make_schedule

@@ -61,3 +61,28 @@ def make_batch():
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def scenes_dir(tmp_path_factory) -> Path:
+    """A data_dir with 16 training and 5 validation scenes."""
+    from fpn_jax.data import records, scenes
+
+    root = tmp_path_factory.mktemp("data")
+    records.write(scenes.builder(root, train=16, val=5))
+    return root
+
+
+@pytest.fixture
+def tiny_experiment(tmp_path, tiny_config, scenes_dir) -> Path:
+    """The file of a config that trains 12 steps on the tiny scenes."""
+    import json
+
+    tiny_config.update(num_steps=12, batch_size=2, eval_batch_size=2, checkpoint_every=4, eval_every=0, pictures=2)
+    tiny_config.data.data_dir = str(scenes_dir)
+    path = tmp_path / "tiny.py"
+    path.write_text(
+        "import json, ml_collections\n"
+        f"def get_config():\n    return ml_collections.ConfigDict(json.loads({json.dumps(tiny_config.to_dict())!r}))\n"
+    )
+    return path

@@ -8,8 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parent.parent
 
 
@@ -24,19 +22,6 @@ def losses(workdir):
 
 def environment():
     return os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
-
-
-@pytest.fixture
-def tiny_experiment(tmp_path, tiny_config, scenes_dir):
-    """A config file of a run of 12 steps on the scenes."""
-    tiny_config.update(num_steps=12, batch_size=2, eval_batch_size=2, checkpoint_every=4)
-    tiny_config.data.data_dir = str(scenes_dir)
-    path = tmp_path / "tiny.py"
-    body = json.dumps(tiny_config.to_dict())
-    path.write_text(
-        f"import json, ml_collections\ndef get_config():\n    return ml_collections.ConfigDict(json.loads({body!r}))\n"
-    )
-    return path
 
 
 def test_a_killed_run_continues_with_the_same_losses(tmp_path, tiny_experiment):

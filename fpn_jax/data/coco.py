@@ -98,7 +98,7 @@ def _read(files: SplitFiles) -> bytes:
 
 
 def _integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
 
 
 def _number(value: Any) -> bool:

@@ -5,8 +5,10 @@ archives are read as they are, without unpacking 19 GB.
 """
 
 import errno
+import logging
 import os
 import re
+import sys
 import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -187,6 +189,9 @@ def _download(download_dir: Path, url: str) -> dict[str, Path]:
         f"{COCO_URL}/{path}": UrlInfo(size, sha256, Path(path).name) for path, (size, sha256) in _ARCHIVES_2017.items()
     }
     downloader.MAX_RETRIES = _RETRIES
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # its line for every retry
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()
     try:
         manager = tfds.download.DownloadManager(download_dir=download_dir, dataset_name="coco", url_infos=facts)
         # One after the other, smallest first: when one fails, no thread is left to fetch 19 GB before we may exit.
@@ -199,7 +204,10 @@ def _download(download_dir: Path, url: str) -> dict[str, Path]:
 
 
 def _download_error(url: str, error: Exception) -> UserError:
-    reason = str(error).split("\n")[0][:300]
+    cause: BaseException = error  # of a chain such as ConnectionError(MaxRetryError(reason=NameResolutionError))
+    while isinstance(inner := getattr(cause, "reason", None) or next(iter(cause.args), None), Exception):
+        cause = inner
+    reason = str(cause).split("\n")[0][:300]
     return UserError(
         f"{url}: the download failed ({type(error).__name__}: {reason}); try again, name a mirror with --coco_url=, or "
         "download and unpack the archives yourself and give that folder as --source="

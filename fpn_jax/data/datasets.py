@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from fpn_jax.data.decode import decode
 from fpn_jax.data.records import clip_xywh
 from fpn_jax.errors import UserError
 
@@ -291,6 +292,4 @@ def _file_name(item: dict, number: int) -> str:
 def _size(item: dict, number: int) -> tuple[int, int]:
     if "height" in item and "width" in item:
         return int(item["height"]), int(item["width"])
-    from fpn_jax.data.decode import decode
-
     return decode(item["image"], _file_name(item, number), None).shape[:2]

@@ -198,14 +198,31 @@ def _write_shard(path: Path, serialized: Iterator[bytes]) -> tuple[int, int]:
     number = size = 0
     try:
         for data in serialized:
-            writer.write(data)
+            with _disk_errors(path):
+                writer.write(data)
             number += 1
             size += len(data)
             if size >= _SHARD_BYTES:
                 break
-    finally:
+    except BaseException:
+        with contextlib.suppress(RuntimeError):
+            writer.close()
+        raise
+    with _disk_errors(path):
         writer.close()
     return number, size
+
+
+@contextlib.contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """ArrayRecord's writer raises a RuntimeError of several lines when the disk is full."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).split(";")[0]
+        raise UserError(
+            f"{path.parent}: {reason}; free some space or choose another --data_dir, then run this again"
+        ) from None
 
 
 def already_prepared(data_dir: str | os.PathLike, dataset: str, source: str, fingerprint: str | None) -> bool:

@@ -10,7 +10,8 @@ def smooth_l1(pred: jax.Array, target: jax.Array, beta: float) -> jax.Array:
     beta >= 0, in the units of pred. The gradient at pred == target is 0. Source: Fast R-CNN (arXiv 1504.08083),
     equation 3, which has beta = 1.
     """
-    size = jnp.abs(pred - target)
+    x = pred - target
+    size = x * jnp.sign(x)  # jnp.abs has the derivative 1 at 0
     if beta == 0:
         return size
     quadratic = jnp.minimum(size, beta)
@@ -19,7 +20,7 @@ def smooth_l1(pred: jax.Array, target: jax.Array, beta: float) -> jax.Array:
 
 def sigmoid_bce(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """Binary cross entropy of sigmoid(logits) with targets in [0, 1], elementwise; finite for any finite logit."""
-    return jnp.maximum(logits, 0) - logits * targets + jnp.log1p(jnp.exp(-jnp.abs(logits)))
+    return targets * jax.nn.softplus(-logits) + (1 - targets) * jax.nn.softplus(logits)
 
 
 def softmax_ce(logits: jax.Array, labels: jax.Array) -> jax.Array:

@@ -56,11 +56,11 @@ def nms_top(
 ) -> tuple[jax.Array, jax.Array]:
     """The first `max_output` boxes that greedy NMS keeps: (index int32 [max_output], valid bool [max_output]).
 
-    Inputs as for `nms`; best first. Works through the sorted candidates in blocks and stops when enough are kept, so
-    that r may be large: memory is r + BLOCK * (BLOCK + max_output).
+    Inputs as for `nms`, with finite scores; best first. Works through the sorted candidates in blocks and stops when
+    enough are kept, so that r may be large: memory is r + BLOCK * (BLOCK + max_output).
     """
     r = scores.shape[0]
-    groups = jnp.zeros(r, jnp.int32) if groups is None else groups
+    boxes, groups = jnp.asarray(boxes), jnp.zeros(r, jnp.int32) if groups is None else jnp.asarray(groups)
     blocks = -(-r // BLOCK)
     order = jnp.argsort(jnp.where(valid, -scores, jnp.inf), stable=True).astype(jnp.int32)
     order = jnp.pad(order, (0, blocks * BLOCK - r)).reshape(blocks, BLOCK)

@@ -50,7 +50,7 @@ def roi_align(
     sampling_ratio x sampling_ratio points on a regular grid in it, bilinearly interpolated. A point more than one
     cell outside the map counts as 0, one nearer takes the border's value. sampling_ratio 0 (or below) is adaptive:
     ceil(side of the bin in cells) points along each axis, different for each RoI; slow, since all RoIs wait for the
-    largest. aligned False (torchvision's models) stretches RoIs to at least one cell; True (detectron2's) shifts them
+    largest, which must be finite. aligned False (torchvision's models) stretches RoIs to at least one cell; True (detectron2's) shifts them
     by half a cell, so that a cell's value sits at its centre.
     """
     h, w, c = feature.shape
@@ -113,7 +113,10 @@ def _points(rois: jax.Array, table: _Table, size: int, sampling_ratio: int, alig
     if not aligned:
         sides = jnp.maximum(sides, 1)
     bins = sides / size
-    points = jnp.full_like(bins, sampling_ratio) if sampling_ratio > 0 else jnp.ceil(bins)
+    points = jnp.full_like(bins, sampling_ratio)
+    if sampling_ratio <= 0:  # compilers divide by multiplying with 1 / size, which may end just above a whole number
+        points = jnp.ceil(bins)
+        points = jnp.where(points > 0, points - ((points - 1) * size >= sides), 0)
     y = _Axis(corners[:, 1], bins[:, 1], points[:, 1], table.height, table.width, table.start)
     x = _Axis(corners[:, 0], bins[:, 0], points[:, 0], table.width, jnp.ones_like(table.width), 0 * table.start)
     return y, x
@@ -124,7 +127,7 @@ def _neighbours(axis: _Axis, point: int | jax.Array, size: int) -> tuple[jax.Arr
     start, side, points, length, stride, offset = (x[:, None] for x in axis)
     at = start + jnp.arange(size, dtype=jnp.float32) * side + (point + 0.5) * side / jnp.maximum(points, 1)
     counts = (at >= -1) & (at <= length) & (point < points)
-    at = jnp.clip(at, 0, length - 1)
+    at = jnp.where(counts, jnp.clip(at, 0, length - 1), 0)  # also where `at` is NaN: the cells must be in the table
     low = jnp.floor(at)
     weights = jnp.stack([1 - (at - low), at - low], axis=-1) * (counts / jnp.maximum(points, 1))[..., None]
     low = low.astype(jnp.int32)

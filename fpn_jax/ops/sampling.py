@@ -18,8 +18,8 @@ def sample(key: jax.Array | None, positive: jax.Array, negative: jax.Array, num:
     """Draw up to int(num * fraction) positives and negatives for the rest of `num`, uniformly without replacement.
 
     positive, negative bool [r], disjoint. If there are too few positives, more negatives are drawn; if there are too
-    few negatives, rows stay unused. key None takes the first candidates in index order, for r below 2**24. Source: Fast R-CNN (arXiv
-    1504.08083), section 2.3, as torchvision does it.
+    few negatives, rows stay unused. key None takes the first candidates in index order (r below 2**24).
+    Source: Fast R-CNN (arXiv 1504.08083), section 2.3, as torchvision does it.
     """
     r = positive.shape[0]
     # Float32, for which top_k has a fast path on CPUs; whole numbers up to 2**24 are exact.

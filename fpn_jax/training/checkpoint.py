@@ -8,7 +8,6 @@ WORKDIR/lock                  held while a process trains here
 
 import fcntl
 import json
-import logging
 import os
 from pathlib import Path
 from typing import IO, Any
@@ -21,8 +20,6 @@ from fpn_jax.errors import UserError
 from fpn_jax.types import TrainState
 
 _WEIGHTS = ("step", "params", "batch_stats", "ema_params")
-
-logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells every step of every save at INFO and WARNING
 
 
 class Checkpoints:

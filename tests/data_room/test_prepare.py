@@ -1,6 +1,7 @@
 """Preparing as a user does it, and what is left behind when it fails."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ import pytest
 from tiny_coco import content, write_folder, write_images, write_json
 
 from fpn_jax.data import records, scenes
+from fpn_jax.data.datasets import open_split
 from fpn_jax.data.preparation import prepare
 from fpn_jax.errors import UserError
 
@@ -103,6 +105,33 @@ def test_a_failure_half_way_leaves_nothing_that_could_be_taken_for_the_whole(tmp
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
     records.write(scenes.builder(tmp_path, train=3, val=1))
     assert not (tmp_path / "downloads").exists()
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
+    source, data = write_folder(tmp_path / "fish"), tmp_path / "data"
+    code = (
+        "import resource, sys\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))\n"
+        "from fpn_jax import cli, prepare\n"
+        f"sys.argv = ['prepare', '--source={source}', '--data_dir={data}']\n"
+        "cli.run(prepare.main)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: .*: .*File too large; free some space or choose another --data_dir.*\n", done.stderr)
+    assert [path for path in data.rglob("*") if path.is_file()] == []
+
+
+def test_large_splits_are_cut_into_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "_SHARD_BYTES", 60_000)
+    records.write(scenes.builder(tmp_path, train=7, val=1))
+    names = sorted(path.name for path in (tmp_path / "scenes" / "1.0.0").glob("*train.array_record*"))
+    assert len(names) > 2
+    assert names == [f"scenes-train.array_record-{i:05d}-of-{len(names):05d}" for i in range(len(names))]
+    split = open_split(tmp_path, "scenes", "train")
+    assert split.index.image_id.tolist() == [1, 2, 3, 4, 5, 6, 7]
+    assert [split.source[i]["image_id"] for i in (6, 0, 3)] == [7, 1, 4]
+    assert not list((tmp_path / "scenes" / "1.0.0").glob("*.part"))
 
 
 def test_what_a_killed_run_left_is_removed_once_it_is_old(tmp_path):

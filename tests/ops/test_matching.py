@@ -1,0 +1,72 @@
+"""Matching against a loop that spells the rules out, and against torchvision."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fpn_jax.ops.boxes import iou
+from fpn_jax.ops.matching import BELOW, BETWEEN, match
+
+RULES = [(0.75, 0.25, True), (0.75, 0.25, False), (0.5, 0.5, False), (0.5, 0.5, True)]
+
+
+def slow_match(iou, valid, high, low, low_quality):
+    objects = [i for i in range(len(valid)) if valid[i]]
+    result = []
+    for j in range(iou.shape[1]):
+        if not objects:
+            result.append(BELOW)
+            continue
+        mine = max(objects, key=lambda i, j=j: iou[i, j])  # the first of equals
+        tied = any(iou[i, j] == iou[i].max() for i in objects)
+        if iou[mine, j] >= high or (low_quality and tied):
+            result.append(mine)
+        else:
+            result.append(BELOW if iou[mine, j] < low else BETWEEN)
+    return result
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_match_is_that_of_a_loop(rule):
+    rng = np.random.default_rng(0)
+    quality = rng.integers(0, 9, (60, 5, 30)).astype(np.float32) / 8  # many ties, many exactly at a threshold
+    quality *= rng.uniform(size=quality.shape) < 0.3
+    quality[:5, 0] = 0  # an object that overlaps nothing
+    valid = rng.uniform(size=(60, 5)) < 0.6
+    valid[0], valid[1] = False, True
+    quality[~valid] = 1  # padding must not match however well it overlaps
+    high, low, low_quality = rule
+    got = jax.jit(jax.vmap(partial(match, high=high, low=low, low_quality=low_quality)))(quality, valid)
+    assert got.dtype == jnp.int32
+    expected = [slow_match(q, v, *rule) for q, v in zip(quality, valid, strict=True)]
+    np.testing.assert_array_equal(got, expected)
+    assert {BELOW, 0, 4} <= set(np.unique(got))
+
+
+def test_no_objects_and_no_boxes():
+    assert match(jnp.zeros((0, 3)), jnp.zeros(0, bool), 0.5, 0.5, True).tolist() == [BELOW] * 3
+    assert match(jnp.zeros((2, 3)), jnp.zeros(2, bool), 0.5, 0.5, True).tolist() == [BELOW] * 3
+
+
+def test_every_object_keeps_its_best_anchors_when_compiled_with_the_iou():
+    """The compiler fuses the IoU into the test for ties; both sides must still see the same bits."""
+    rng = np.random.default_rng(1)
+    corners = rng.uniform(0, 200, (8, 400, 2))
+    anchors = np.concatenate([corners, corners + rng.uniform(10, 90, (8, 400, 2))], -1).astype(np.float32)
+    gt = (anchors[:, :6] + rng.uniform(-9, 9, (8, 6, 4))).astype(np.float32)
+    valid = np.ones((8, 6), bool)
+    got = jax.jit(jax.vmap(lambda g, a, v: match(iou(g, a), v, 0.99, 0.3, True)))(gt, anchors, valid)
+    for b in range(8):
+        best = np.asarray(iou(gt[b], anchors[b])).argmax(axis=1)
+        assert (np.asarray(got[b])[best] >= 0).all()
+
+
+def test_goldens(data_dir):
+    golden = np.load(data_dir / "ops.npz")
+    quality = golden["matcher/iou"]
+    for high, low, low_quality in ((0.7, 0.3, True), (0.5, 0.4, True), (0.5, 0.5, False)):
+        got = match(jnp.asarray(quality), jnp.ones(5, bool), high, low, low_quality)
+        np.testing.assert_array_equal(got, golden[f"matcher/match_{high}_{low}_low{int(low_quality)}"])

@@ -1,0 +1,136 @@
+"""The commands one after another, as a user gives them, on tiny data: what they write and how they refuse."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from fpn_jax.data.datasets import open_split
+from fpn_jax.predict import find_images
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(module, *arguments):
+    command = [sys.executable, "-m", f"fpn_jax.{module}", *map(str, arguments)]
+    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def fails_in_one_line(done):
+    assert done.returncode == 2, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    return errors[0]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, scenes_dir):
+    """A workdir after three steps, and what the command printed."""
+    workdir = tmp_path_factory.mktemp("runs") / "tiny"
+    overrides = {
+        "num_steps": 3,
+        "batch_size": 2,
+        "eval_batch_size": 2,
+        "checkpoint_every": 2,
+        "pictures": 2,
+        "data.data_dir": scenes_dir,
+        "data.shorter": "(64,)",
+        "data.longest": 64,
+        "data.buckets": "((64, 64),)",
+        "model.backbone.width": 4,
+        "model.neck.channels": 8,
+        "model.box_head.channels": 16,
+        "model.box.score_threshold": 0.0,
+    }
+    arguments = [f"--config.{key}={value}" for key, value in overrides.items()]
+    done = run("train", "--config=experiments/demo.py", f"--workdir={workdir}", *arguments)
+    assert done.returncode == 0, done.stderr
+    return workdir, arguments, done
+
+
+def test_train_leaves_scores_pictures_and_a_curve(trained):
+    workdir, _, done = trained
+    metrics = json.loads((workdir / "metrics.json").read_text())
+    assert {"AP", "AP50", "AP75", "AP_small", "AR100", "per_class"} <= metrics.keys()
+    assert metrics["num_images"] == 5  # the third batch of two is half padding
+    assert metrics == json.loads((workdir / "eval/val/metrics.json").read_text())
+    steps = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in steps if "loss" in row] == [1, 2, 3]
+    assert cv2.imread(str(workdir / "curves.png")) is not None
+    assert cv2.imread(str(workdir / "eval/val/overview.jpg")) is not None
+    assert len(list((workdir / "eval/val/pictures").glob("*.jpg"))) == 2
+    assert str(workdir) in done.stdout
+
+
+def test_a_finished_run_is_not_trained_again(trained):
+    workdir, arguments, first = trained
+    before = (workdir / "metrics.jsonl").read_text()
+    again = run("train", "--config=experiments/demo.py", f"--workdir={workdir}", *arguments)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout == first.stdout
+    assert (workdir / "metrics.jsonl").read_text() == before
+
+
+def test_evaluate_scores_as_the_training_did(trained, scenes_dir):
+    workdir, *_ = trained
+    expected = json.loads((workdir / "metrics.json").read_text())
+    done = run("evaluate", f"--workdir={workdir}", "--pictures=1")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((workdir / "eval/val/metrics.json").read_text()) == expected
+    results = json.loads((workdir / "eval/val/detections.json").read_text())
+    split = open_split(scenes_dir, "scenes", "val")
+    assert {r["image_id"] for r in results} <= set(split.index.image_id.tolist())
+    assert {r["category_id"] for r in results} <= set(split.category_ids)
+    train = run("evaluate", f"--workdir={workdir}", "--split=train", "--checkpoint=latest", "--pictures=0")
+    assert train.returncode == 0, train.stderr
+    assert json.loads((workdir / "eval/train/metrics.json").read_text())["num_images"] == 16
+
+
+def test_predict_draws_what_it_can_read_and_names_the_rest(trained, tmp_path):
+    workdir, *_ = trained
+    folder = tmp_path / "in" / "deep"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    cv2.imwrite(str(folder / "wide.png"), rng.integers(0, 256, (30, 90, 3), np.uint8))
+    cv2.imwrite(str(folder.parent / "grey.jpg"), rng.integers(0, 256, (50, 40), np.uint8))
+    (folder / "broken.jpg").write_text("not a picture")
+    done = run("predict", f"--workdir={workdir}", f"--output={tmp_path}/out", "--threshold=0", tmp_path / "in")
+    assert "broken.jpg" in fails_in_one_line(done)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["detections.json", "grey.jpg", "wide.jpg"]
+    results = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert {Path(r["file_name"]).name for r in results} == {"grey.jpg", "wide.png"}
+    for row in results:
+        x, y, w, h = row["bbox"]
+        width, height = (90, 30) if "wide" in row["file_name"] else (40, 50)
+        assert x >= 0 and y >= 0 and x + w <= width + 1e-3 and y + h <= height + 1e-3
+        assert 1 <= row["category_id"] <= 8
+
+
+def test_mistakes_are_one_line(trained, tmp_path):
+    workdir, arguments, _ = trained
+    demo = ["train", "--config=experiments/demo.py", f"--workdir={workdir}", *arguments]
+    assert "another architecture" in fails_in_one_line(run(*demo, "--config.model.neck.channels=16"))
+    assert "batch_size" in fails_in_one_line(run(*demo, "--config.batch_size=4"))
+    assert "nothere" in fails_in_one_line(run("evaluate", f"--workdir={workdir}", "--split=nothere"))
+    assert "train there first" in fails_in_one_line(run("predict", f"--workdir={tmp_path}", "--output=x", ROOT))
+    assert "--output" in fails_in_one_line(run("predict", f"--workdir={workdir}", "x.jpg"))
+
+
+def test_find_images_goes_into_folders_and_refuses_what_is_not_there(tmp_path):
+    (tmp_path / "a").mkdir()
+    for name in ("b.JPG", "a/c.png", "notes.txt"):
+        (tmp_path / name).touch()
+    assert find_images([str(tmp_path)]) == [tmp_path / "a" / "c.png", tmp_path / "b.JPG"]
+    assert find_images([str(tmp_path / "notes.txt")]) == [tmp_path / "notes.txt"]
+    with pytest.raises(Exception, match=r"nowhere: no such file or folder"):
+        find_images([str(tmp_path / "nowhere")])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(Exception, match="no pictures in this folder"):
+        find_images([str(tmp_path / "empty")])
