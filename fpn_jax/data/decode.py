@@ -17,12 +17,8 @@ _REDUCED = {
     )
 }
 
-cv2.setLogLevel(0)  # silent: what goes wrong is told by the exceptions below
 
-
-def decode(
-    data: bytes, name: str, size: tuple[int, int] | None, at_least: tuple[int, int] | None = None
-) -> np.ndarray:
+def decode(data: bytes, name: str, size: tuple[int, int] | None, at_least: tuple[int, int] | None = None) -> np.ndarray:
     """Decode the bytes of an image file, called `name` in errors, to uint8 [h w 3] RGB.
 
     JPEG, PNG, WebP, BMP, TIFF and GIF (its first picture); greyscale, palette, CMYK and 16 bits per channel (scaled to

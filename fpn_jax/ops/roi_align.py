@@ -49,9 +49,9 @@ def roi_align(
     rois [r 4] in pixels; scale: cells per pixel. Each RoI is cut into size x size bins; a bin's value is the mean of
     sampling_ratio x sampling_ratio points on a regular grid in it, bilinearly interpolated. A point more than one
     cell outside the map counts as 0, one nearer takes the border's value. sampling_ratio 0 (or below) is adaptive:
-    ceil(side of the bin in cells) points along each axis, different for each RoI; slow, since all RoIs wait for the
-    largest, which must be finite. aligned False (torchvision's models) stretches RoIs to at least one cell; True (detectron2's) shifts them
-    by half a cell, so that a cell's value sits at its centre.
+    ceil(side of the bin in cells) points along each axis, different for each RoI. That is slow, since all RoIs wait
+    for the largest, which must be finite. aligned False (torchvision's models) stretches RoIs to at least one cell;
+    True (detectron2's) shifts them by half a cell, so that a cell's value sits at its centre.
     """
     h, w, c = feature.shape
     table = _Table(*(jnp.full(rois.shape[0], x, jnp.int32) for x in (0, h, w)), jnp.float32(scale))

@@ -63,9 +63,9 @@ def test_the_box_head_losses_of_torchvision(data_dir):
         box = jnp.where(positive[:, None], smooth_l1(own, targets, 1 / 9), 0).sum() / len(labels)
         return softmax_ce(logits, labels).mean(), box
 
-    classifier, box = losses(golden["logits"], golden["deltas"])
+    classifier, box = jax.jit(losses)(golden["logits"], golden["deltas"])
     np.testing.assert_allclose(classifier, golden["loss_classifier"], rtol=1e-6)
     np.testing.assert_allclose(box, golden["loss_box_reg"], rtol=1e-6)
-    gradients = jax.grad(lambda *x: sum(losses(*x)), (0, 1))(golden["logits"], golden["deltas"])
+    gradients = jax.jit(jax.grad(lambda *x: sum(losses(*x)), (0, 1)))(golden["logits"], golden["deltas"])
     np.testing.assert_allclose(gradients[0], golden["grad_logits"], rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(gradients[1], golden["grad_deltas"], rtol=1e-5, atol=1e-7)

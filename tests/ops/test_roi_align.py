@@ -11,7 +11,7 @@ from jax.test_util import check_grads
 
 from fpn_jax.ops.roi_align import multilevel_roi_align, roi_align, roi_levels
 
-align = jax.jit(roi_align, static_argnames=("scale", "size", "sampling_ratio", "aligned"))
+align = jax.jit(roi_align, static_argnames=("size", "sampling_ratio", "aligned"))
 
 
 def slow_point(feature, y, x):
@@ -105,10 +105,10 @@ def test_gradient_of_more_rois_than_pieces():
     corners = rng.uniform(-10, 60, (75, 2))
     rois = np.concatenate([corners, corners + rng.uniform(0, 40, (75, 2))], -1).astype(np.float32)
     x, g = feature_map(c=4), rng.normal(size=(75, 7, 7, 4)).astype(np.float32)
-    out, pull = jax.vjp(lambda x: align(x, rois, scale=0.25), x)
-    np.testing.assert_allclose(np.vdot(g, out), np.vdot(pull(g)[0], x), rtol=1e-4)
-    thirds = [jax.vjp(lambda x, s=s: align(x, rois[s::3], scale=0.25), x)[1](g[s::3])[0] for s in range(3)]
-    np.testing.assert_allclose(pull(g)[0], sum(thirds), atol=1e-4)
+    gradient = jax.jit(jax.grad(lambda x, rois, g: jnp.vdot(g, align(x, rois, scale=0.25))))
+    np.testing.assert_allclose(np.vdot(g, align(x, rois, scale=0.25)), np.vdot(gradient(x, rois, g), x), rtol=1e-4)
+    thirds = sum(gradient(x, rois[start::3], g[start::3]) for start in range(3))
+    np.testing.assert_allclose(gradient(x, rois, g), thirds, atol=1e-4)
 
 
 def test_rois_are_constants():
@@ -123,7 +123,7 @@ def test_no_rois_and_no_numbers(sampling_ratio):
     rois = np.float32([[np.nan] * 4, [np.inf] * 4, [-np.inf, 0, np.inf, 9], [1, 2, 30, 40]])
     rois = rois if sampling_ratio else rois[[0, 3]]  # an infinite RoI has infinitely many points
     good = align(feature_map(), rois[-1:], **settings)
-    out, gradient = jax.value_and_grad(lambda x: align(x, rois, **settings)[-1:].sum())(feature_map())
+    out, gradient = jax.jit(jax.value_and_grad(lambda x: align(x, rois, **settings)[-1:].sum()))(feature_map())
     np.testing.assert_allclose(out, good.sum(), rtol=1e-5)
     assert np.isfinite(gradient).all()
 
@@ -163,8 +163,8 @@ def test_one_level_is_enough():
 def test_bfloat16_is_summed_in_float32():
     feature = jnp.asarray(feature_map(), jnp.bfloat16)
     rois = np.tile(np.float32([[8, 8, 40, 40]]), (600, 1))
-    out, pull = jax.vjp(lambda x: align(x, rois, scale=0.25), feature)
-    gradient = pull(jnp.ones_like(out))[0]
+    out = align(feature, rois, scale=0.25)
+    gradient = jax.jit(jax.grad(lambda x: align(x, rois, scale=0.25).sum(dtype=jnp.float32)))(feature)
     assert out.dtype == gradient.dtype == jnp.bfloat16
     exact = align(feature.astype(jnp.float32), rois, scale=0.25)
     np.testing.assert_allclose(out.astype(np.float32), exact, rtol=2**-8, atol=1e-6)
@@ -211,7 +211,7 @@ def test_goldens(case, aligned, data_dir):
     ratio, size = case.removeprefix("ratio").split("_")
     settings = {"size": int(size.split("x")[0]), "sampling_ratio": int(ratio), "aligned": bool(aligned)}
 
-    @partial(jax.jit, static_argnames="scale")
+    @jax.jit
     def both_images(feature, rois, scale):
         return jax.vmap(lambda f: roi_align(f, rois, scale, **settings))(feature)
 
@@ -232,7 +232,7 @@ def test_golden_gradient(aligned, data_dir):
         pooled = jax.vmap(lambda f: roi_align(f, rois[:, 1:] * 4, 0.25, aligned=bool(aligned)))(feature)
         return (pooled * weight).sum()
 
-    gradient = jax.grad(weighted)(feature).transpose(0, 3, 1, 2)
+    gradient = jax.jit(jax.grad(weighted))(feature).transpose(0, 3, 1, 2)
     np.testing.assert_allclose(gradient, golden[f"roi_align/grad_input_aligned{aligned}"], atol=2e-5)
 
 

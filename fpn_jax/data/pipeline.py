@@ -1,0 +1,289 @@
+"""From a split's records to padded host batches, through Grain; nothing here knows the device.
+
+A batch is a dict of NumPy arrays (b images, at most m objects each, one bucket):
+
+    image          uint8 [b h w 3]    RGB, zeros below and right of `size`
+    size           int32 [b 2]        height and width of the picture inside the padding
+    boxes          float32 [b m 4]    x1 y1 x2 y2 in pixels of the resized image
+    labels         int32 [b m]        0 .. k-1
+    valid          bool [b m]         False where a row of boxes is padding
+    image_id       int64 [b]          the data set's own; -1 in padding rows
+    original_size  int32 [b 2]        before resizing
+    index          int32 [b]          number of the image in the split; -1 in padding rows
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from fpn_jax.data.batching import (
+    EvalSchedule,
+    PlannedBatch,
+    TrainSchedule,
+    augmentation_rng,
+    local_rows,
+)
+from fpn_jax.data.datasets import Split
+from fpn_jax.data.decode import decode
+from fpn_jax.data.transforms import (
+    INTERPOLATIONS,
+    ROUNDINGS,
+    assign_buckets,
+    default_buckets,
+    resize_boxes,
+    resize_into,
+    resized_size,
+)
+from fpn_jax.errors import UserError
+
+__all__ = ["PipelineOptions", "default_buckets", "eval_batches", "image_batch", "train_batches"]
+
+_ENDLESS = 2**40  # steps, where no number is given
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PipelineOptions:
+    """How images become batches; the names are those of `config.data`. Raises `UserError` for senseless values.
+
+    Every image must fit a bucket at the largest `shorter`; it goes to the one of least area.
+    """
+
+    shorter: tuple[
+        int, ...
+    ]  # pixels of the shorter side; one is drawn per image in training, evaluation takes the last
+    longest: int  # pixels that the longer side must not exceed
+    buckets: tuple[tuple[int, int], ...]  # (height, width) that images are padded to; see default_buckets
+    flip: float = 0.5  # probability of a mirror image, in training
+    rounding: str = "floor"  # of resized sides, as torchvision; "round" as detectron2
+    interpolation: str = "linear"  # without smoothing, as torchvision; "area" averages where images shrink
+    max_objects: int | None = None  # m; None: the split's most, rounded up to a multiple of 8. Fewer keep the largest
+    skip_empty: bool = True  # leave out images without objects (crowds do not count), in training
+    num_threads: int = 8  # that make a batch each, in every reading process; 0: batches are made when asked for
+    num_workers: int = 0  # reading processes; 0: only the threads of this one
+    prefetch: int = 2  # finished batches that wait, besides those in the making, in every reading process
+
+    def __post_init__(self):
+        for name in ("shorter", "buckets"):
+            if not getattr(self, name):
+                raise UserError(f"data.{name} is empty; give at least one")
+        for name, values in (
+            ("shorter", self.shorter),
+            ("longest", [self.longest]),
+            ("buckets", sum(self.buckets, ())),
+        ):
+            if any(value < 1 for value in values):
+                raise UserError(f"data.{name} is {getattr(self, name)}; pixels must be positive")
+        for name, allowed in (("rounding", ROUNDINGS), ("interpolation", tuple(INTERPOLATIONS))):
+            if getattr(self, name) not in allowed:
+                raise UserError(f"data.{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
+        if not 0 <= self.flip <= 1:
+            raise UserError(f"data.flip is {self.flip}; a probability lies between 0 and 1")
+        for name, least in (("max_objects", 1), ("num_threads", 0), ("num_workers", 0), ("prefetch", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"data.{name} is {value}; it must be at least {least}")
+
+
+def train_batches(
+    split: Split,
+    options: PipelineOptions,
+    batch_size: int,
+    seed: int,
+    num_steps: int | None = None,
+    rank: int = 0,
+    world: int = 1,
+    start: int = 0,
+) -> grain.DatasetIterator:
+    """The batches of steps start .. num_steps - 1 (None: for ever), the part of process `rank` of `world` of each.
+
+    `batch_size` is that of all processes together. What a step holds depends on the split, the options, the batch size
+    and the seed alone, not on threads, workers or processes; a run continues with `start` or, given the same
+    arguments, with the iterator's own state. An image that cannot be read raises `UserError` when its batch is due.
+    Raises `UserError` if there is no image to train on, an image fits no bucket, or `world` does not divide the batch.
+    """
+    _check_share(batch_size, world)
+    rows = np.flatnonzero(split.num_objects > 0) if options.skip_empty else np.arange(len(split))
+    if len(rows) == 0:
+        hint = "set data.skip_empty=False to train on images without" if len(split) else "prepare the data anew"
+        raise UserError(f"{split.name}: no image of split {split.split!r} has objects; {hint}")
+    members = _members(split, rows, options, max(options.shorter))
+    _tell_of_surplus_objects(split, rows, options)
+    schedule = TrainSchedule(members, batch_size, seed)
+    end = _ENDLESS if num_steps is None else num_steps
+    return _iterate(_Batches(split, options, schedule, rank, world, max(end - start, 0), start, seed), options)
+
+
+def eval_batches(
+    split: Split, options: PipelineOptions, batch_size: int, rank: int = 0, world: int = 1
+) -> grain.DatasetIterator:
+    """Every image of the split once, unaltered but for its size; the last batch of a bucket is padded.
+
+    All processes get the same number of batches, with one bucket per batch. Raises `UserError` as train_batches does.
+    """
+    _check_share(batch_size, world)
+    members = _members(split, np.arange(len(split)), options, options.shorter[-1])
+    schedule = EvalSchedule(members, batch_size)
+    return _iterate(_Batches(split, options, schedule, rank, world, len(schedule)), options)
+
+
+def image_batch(images: Sequence[np.ndarray], options: PipelineOptions) -> dict[str, np.ndarray]:
+    """One batch of decoded images, uint8 [h w 3] each, as evaluation would make it; the smallest bucket for all.
+
+    Raises `UserError` if no bucket holds them all.
+    """
+    original = np.array([image.shape[:2] for image in images], np.int64).reshape(-1, 2)
+    sizes = np.stack(resized_size(*original.T, options.shorter[-1], options.longest, options.rounding), 1)
+    largest = sizes.max(0)
+    bucket = int(assign_buckets(largest[None], options.buckets)[0])
+    if bucket < 0:
+        raise _no_bucket("the image" if len(images) == 1 else "the images together", original.max(0), largest, options)
+    batch = _empty_batch(len(images), options.buckets[bucket], options.max_objects or 8)
+    batch["size"][:], batch["original_size"][:] = sizes, original
+    batch["index"][:] = batch["image_id"][:] = np.arange(len(images))
+    for canvas, image, size in zip(batch["image"], images, sizes, strict=True):
+        resize_into(canvas, image, tuple(size), options.interpolation, flip=False)
+    return batch
+
+
+class _Batches:
+    """Grain's random-access source: element i is this process's part of the batch of step start + i.
+
+    Whole batches are the elements, rather than images that Grain would batch, because then no arrangement of threads
+    and workers can change what is in them.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        options: PipelineOptions,
+        schedule: TrainSchedule | EvalSchedule,
+        rank: int,
+        world: int,
+        length: int,
+        start: int = 0,
+        seed: int | None = None,  # of the augmentation; None: there is none
+    ):
+        self._split, self._options, self._schedule = split, options, schedule
+        self._rank, self._world, self._length, self._start, self._seed = rank, world, length, start, seed
+        self._max_objects = options.max_objects or max(-(-split.max_objects // 8) * 8, 8)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        plan = local_rows(self._schedule.batch(self._start + int(step)), self._rank, self._world)
+        return _load(plan, self._split, self._options, self._max_objects, self._seed)
+
+
+def _load(
+    plan: PlannedBatch, split: Split, options: PipelineOptions, max_objects: int, seed: int | None
+) -> dict[str, np.ndarray]:
+    """Read, decode, resize and flip the images of a plan."""
+    batch = _empty_batch(len(plan.rows), options.buckets[plan.bucket], max_objects)
+    for i, (row, epoch) in enumerate(zip(plan.rows.tolist(), plan.epochs.tolist(), strict=True)):
+        if row < 0:
+            continue
+        shorter, flip = options.shorter[-1], False
+        if seed is not None:
+            rng = augmentation_rng(seed, epoch, row)
+            shorter = options.shorter[rng.integers(len(options.shorter))]
+            flip = rng.random() < options.flip
+        original = (int(split.index.height[row]), int(split.index.width[row]))
+        size = resized_size(*original, shorter, options.longest, options.rounding)
+        image = _image(split, row, original, size if options.interpolation == "area" else None)
+        resize_into(batch["image"][i], image, size, options.interpolation, flip)
+        boxes, labels = _targets(split, row, max_objects)
+        count = len(labels)
+        batch["boxes"][i, :count] = resize_boxes(boxes, original, size, flip)
+        batch["labels"][i, :count] = labels
+        batch["valid"][i, :count] = True
+        batch["size"][i], batch["original_size"][i] = size, original
+        batch["image_id"][i], batch["index"][i] = split.index.image_id[row], row
+    return batch
+
+
+def _empty_batch(count: int, bucket: tuple[int, int], max_objects: int) -> dict[str, np.ndarray]:
+    """Padding rows only: black pictures as large as the bucket, so that no size is 0."""
+    sizes = np.tile(np.array(bucket, np.int32), (count, 1))
+    return {
+        "image": np.zeros((count, *bucket, 3), np.uint8),
+        "size": sizes,
+        "boxes": np.zeros((count, max_objects, 4), np.float32),
+        "labels": np.zeros((count, max_objects), np.int32),
+        "valid": np.zeros((count, max_objects), bool),
+        "image_id": np.full(count, -1, np.int64),
+        "original_size": sizes.copy(),
+        "index": np.full(count, -1, np.int32),
+    }
+
+
+def _image(split: Split, row: int, size: tuple[int, int], at_least: tuple[int, int] | None) -> np.ndarray:
+    name = f"{split.index.file_name[row]} (record {row} of {split.name} {split.split})"
+    return decode(split.source[row]["image"], name, size, at_least)
+
+
+def _targets(split: Split, row: int, max_objects: int) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes [o 4] and labels [o] to train on: no crowds, and of too many the largest, in the order of the record."""
+    objects = split.objects(row)
+    kept = np.flatnonzero(~objects["crowd"])
+    if len(kept) > max_objects:
+        x1, y1, x2, y2 = objects["boxes"][kept].T
+        largest = np.argsort(-(x2 - x1) * (y2 - y1), kind="stable")[:max_objects]
+        kept = kept[np.sort(largest)]
+    return objects["boxes"][kept], objects["labels"][kept]
+
+
+def _members(split: Split, rows: np.ndarray, options: PipelineOptions, shorter: int) -> list[np.ndarray]:
+    """The images among `rows` that go to each bucket."""
+    original = split.image_sizes[rows]
+    sizes = np.stack(resized_size(*original.T, shorter, options.longest, options.rounding), 1)
+    chosen = assign_buckets(sizes, options.buckets)
+    if (chosen < 0).any():
+        first = int(np.flatnonzero(chosen < 0)[0])
+        raise _no_bucket(str(split.index.file_name[rows[first]]), original[first], sizes[first], options)
+    return [rows[chosen == j] for j in range(len(options.buckets))]
+
+
+def _no_bucket(what: str, original: np.ndarray, size: np.ndarray, options: PipelineOptions) -> UserError:
+    there = ", ".join(f"{h} x {w}" for h, w in options.buckets)
+    return UserError(
+        f"{what}: {original[0]} x {original[1]} pixels, resized {size[0]} x {size[1]} (height x width), fits none of "
+        f"data.buckets {there}; add a larger one, or make data.shorter or data.longest smaller"
+    )
+
+
+def _tell_of_surplus_objects(split: Split, rows: np.ndarray, options: PipelineOptions) -> None:
+    if options.max_objects is None:
+        return
+    surplus = np.maximum(split.num_objects[rows] - options.max_objects, 0)
+    if surplus.any():
+        _log.warning(
+            "%s %s: %d images have more than data.max_objects = %d objects; their %d smallest are not trained on",
+            split.name,
+            split.split,
+            np.count_nonzero(surplus),
+            options.max_objects,
+            surplus.sum(),
+        )
+
+
+def _check_share(batch_size: int, world: int) -> None:
+    if batch_size < 1 or batch_size % world:
+        raise UserError(f"batch_size is {batch_size}; it must be a multiple of the number of processes, {world}")
+
+
+def _iterate(source: Any, options: PipelineOptions) -> grain.DatasetIterator:
+    threads = options.num_threads
+    buffer = threads + options.prefetch if threads else 0
+    dataset = grain.MapDataset.source(source).to_iter_dataset(grain.ReadOptions(threads, buffer))
+    if options.num_workers:
+        if not flags.FLAGS.is_parsed():  # under pytest, in a notebook: Grain reads its debugging flags
+            flags.FLAGS.mark_as_parsed()
+        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=options.num_workers))
+    return iter(dataset)

@@ -1,0 +1,95 @@
+"""Geometry of images and their boxes: resized sizes, resizing into a padded batch, flipping, buckets."""
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+
+from fpn_jax.errors import UserError
+
+ROUNDINGS = ("floor", "round")
+INTERPOLATIONS = {"linear": cv2.INTER_LINEAR, "area": cv2.INTER_AREA}
+
+cv2.setNumThreads(0)  # images are spread over our own threads, with which OpenCV's would only compete
+
+
+def resized_size(height, width, shorter: int, longest: int, rounding: str = "floor"):
+    """Height and width after the shorter side becomes `shorter`, or the longer one `longest` if that is smaller.
+
+    Takes numbers or arrays alike, in pixels, at least 1; returns ints or int64 arrays, at least 1. "floor" is
+    torchvision's arithmetic, in which the rounding of the scale can make 799 of 800; "round" is detectron2's.
+    """
+    h, w = np.asarray(height, np.int64), np.asarray(width, np.int64)
+    short, long = np.minimum(h, w), np.maximum(h, w)
+    if rounding == "floor":
+        scale = np.minimum(shorter / short, longest / long)
+        sides = [np.floor(side * scale) for side in (h, w)]
+    elif rounding == "round":
+        scale = shorter / short
+        sides = [np.where(side == short, float(shorter), scale * side) for side in (h, w)]
+        shrink = np.minimum(1.0, longest / np.maximum(*sides))
+        sides = [np.floor(side * shrink + 0.5) for side in sides]
+    else:
+        raise UserError(f"data.rounding is {rounding!r}; choose one of {', '.join(ROUNDINGS)}")
+    new_h, new_w = (np.maximum(side, 1).astype(np.int64) for side in sides)
+    return (new_h, new_w) if new_h.ndim else (int(new_h), int(new_w))
+
+
+def resize_into(canvas: np.ndarray, image: np.ndarray, size: tuple[int, int], interpolation: str, flip: bool) -> None:
+    """Resize image uint8 [h w 3] to `size` (height, width), at the upper left of canvas uint8 [H W 3]; mirror if flip.
+
+    "linear" interpolates between the four nearest pixels, without smoothing before (as torchvision does); "area"
+    averages where the image shrinks and is "linear" where it grows. The rest of the canvas is left as it is.
+    """
+    height, width = size
+    window = canvas[:height, :width]
+    if image.shape[:2] == (height, width):
+        window[:] = image
+    else:
+        shrinks = height <= image.shape[0] and width <= image.shape[1]
+        method = INTERPOLATIONS[interpolation] if shrinks else cv2.INTER_LINEAR
+        cv2.resize(image, (width, height), dst=window, interpolation=method)
+    if flip:
+        cv2.flip(window, 1, dst=window)
+
+
+def resize_boxes(boxes: np.ndarray, old: tuple[int, int], new: tuple[int, int], flip: bool = False) -> np.ndarray:
+    """Boxes float32 [m 4] of an image of (height, width) `old`, moved along with it to `new` and mirrored if flip.
+
+    Each axis has its own ratio, in float32, as torchvision's resize_boxes.
+    """
+    ratio_y, ratio_x = (np.float32(n) / np.float32(o) for n, o in zip(new, old, strict=True))
+    moved = boxes.astype(np.float32) * np.array([ratio_x, ratio_y, ratio_x, ratio_y], np.float32)
+    if flip:
+        moved[:, [0, 2]] = np.float32(new[1]) - moved[:, [2, 0]]
+    return moved
+
+
+def default_buckets(shorter: Sequence[int], longest: int, divisor: int) -> tuple[tuple[int, int], ...]:
+    """A few (height, width), multiples of `divisor`, that hold every image: landscape first, then portrait.
+
+    Then, where padding falls by an eighth or more, smaller ones: 4:3 and 3:4, or else a square. Those that a data set
+    has no images for cost nothing.
+    """
+    side = max(shorter)
+    short, long = (_round_up(value, divisor) for value in (min(side, longest), longest))
+    buckets = [(short, long), (long, short)]
+    middle = _round_up(side * 4 / 3, divisor)
+    if middle <= long * 7 / 8:
+        buckets += [(short, middle), (middle, short)]
+    elif short <= long * 7 / 8:
+        buckets += [(short, short)]
+    return tuple(dict.fromkeys(buckets))
+
+
+def assign_buckets(sizes: np.ndarray, buckets: Sequence[tuple[int, int]]) -> np.ndarray:
+    """For sizes int [n 2] (height, width) the bucket of least area that holds each: int32 [n], -1 where none does."""
+    shapes = np.asarray(buckets, np.int64).reshape(-1, 2)
+    chosen = np.full(len(sizes), -1, np.int32)
+    for j in np.argsort(-shapes.prod(1), kind="stable"):  # the smallest last, so that it has the final say
+        chosen[(sizes <= shapes[j]).all(1)] = j
+    return chosen
+
+
+def _round_up(value: float, divisor: int) -> int:
+    return int(-(-value // divisor)) * divisor

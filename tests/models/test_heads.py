@@ -1,0 +1,158 @@
+"""The two heads against torchvision's numbers and against what their sources say, on small made-up predictions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fpn_jax.models.heads import box, rpn
+from fpn_jax.models.heads.box import BoxHead, BoxSettings
+from fpn_jax.models.heads.rpn import RPNHead, RPNSettings
+
+SAMPLE = jax.jit(box.sample_rois, static_argnums=(0, 1))
+SIZES = np.array([[60, 80], [50, 70]], np.int32)  # of the two images in heads.npz
+
+
+@pytest.fixture(scope="module")
+def golden():
+    from pathlib import Path
+
+    with np.load(Path(__file__).parent.parent / "data" / "heads.npz") as stored:
+        return dict(stored)
+
+
+@pytest.mark.parametrize(("mode", "before", "after"), [("testing", 50, 40), ("training", 60, 50)])
+def test_proposals_are_torchvisions(golden, mode, before, after):
+    boxes, logits = golden["filter_proposals/boxes"], golden["filter_proposals/objectness"]
+    cuts = np.cumsum([96, 36, 18])[:-1]
+    levels = dict(enumerate(zip(np.split(boxes, cuts, 1), np.split(logits, cuts, 1), strict=True), start=2))
+    key = "train" if mode == "training" else "test"
+    propose = jax.jit(rpn.propose, static_argnums=(0, 5))
+    settings = RPNSettings(**{f"pre_nms_{key}": before, f"post_nms_{key}": after})
+    for i in range(2):
+        # Zero deltas on anchors that are the decoded boxes.
+        anchors = {level: b[i] for level, (b, _) in levels.items()}
+        one = {level: s[i : i + 1] for level, (_, s) in levels.items()}
+        deltas = {level: np.zeros((1, *a.shape), np.float32) for level, a in anchors.items()}
+        found = propose(settings, one, deltas, anchors, SIZES[i : i + 1], mode == "training")
+        valid = np.asarray(found.valid[0])
+        expected = golden[f"filter_proposals/{mode}/boxes{i}"]
+        assert valid.sum() == len(expected)
+        np.testing.assert_allclose(found.boxes[0][valid], expected, atol=1e-4)
+        np.testing.assert_allclose(found.scores[0][valid], golden[f"filter_proposals/{mode}/scores{i}"], atol=1e-6)
+
+
+def pad(x, n):
+    return np.concatenate([x, np.full((n - len(x), *x.shape[1:]), 9, x.dtype)])[None]
+
+
+@pytest.mark.parametrize("background", ["first", "last"])
+def test_detections_are_torchvisions(golden, background):
+    settings = BoxSettings(detections=30, background=background)
+    counts = [len(golden[f"postprocess/proposals{i}"]) for i in range(2)]
+    starts = np.cumsum([0, *counts])
+    for i in range(2):
+        rows = slice(starts[i], starts[i + 1])
+        logits = golden["postprocess/class_logits"][rows]
+        deltas = golden["postprocess/box_deltas"][rows].reshape(counts[i], -1, 4)
+        proposals = golden[f"postprocess/proposals{i}"]
+        if background == "last":  # the same numbers in detectron2's order
+            logits, deltas = np.roll(logits, -1, axis=1), deltas[:, 1:]
+        # Padding proposals must not become detections, however sure the head is of them.
+        padded = (pad(x, 70) for x in (logits, deltas, proposals))
+        usable = (np.arange(70) < counts[i])[None]
+        found = jax.jit(box.detect, static_argnums=0)(settings, *padded, usable, SIZES[i : i + 1])
+        valid = np.asarray(found.valid[0])
+        expected = golden[f"postprocess/boxes{i}"]
+        assert valid.sum() == len(expected)
+        np.testing.assert_allclose(found.boxes[0][valid], expected, atol=1e-3)
+        np.testing.assert_allclose(found.scores[0][valid], golden[f"postprocess/scores{i}"], atol=1e-6)
+        np.testing.assert_array_equal(found.labels[0][valid] + 1, golden[f"postprocess/labels{i}"])
+
+
+def test_rpn_losses_by_hand():
+    anchors = jnp.array([[0, 0, 10, 10], [0, 0, 10, 8.0], [50, 50, 60, 60], [0, 0, 5, 10]])
+    boxes = jnp.array([[[0, 0, 10, 10.0], [0, 0, 0, 0]], [[0, 0, 0, 0], [0, 0, 0, 0]]])
+    valid = jnp.array([[True, False], [False, False]])
+    logits = jnp.array([[2.0, -1.0, 0.5, 3.0], [0.0, 0.0, 0.0, 0.0]])
+    deltas = jnp.zeros((2, 4, 4)).at[0, 0, 0].set(0.5).at[0, 1, 3].set(1.0)
+    settings = RPNSettings(samples=4, positive_fraction=0.5, sampling="first", beta=0.0)
+    losses, statistics = jax.jit(rpn.rpn_losses, static_argnums=0)(
+        settings, logits, deltas, anchors, boxes, valid, jax.random.split(jax.random.key(0))
+    )
+    # Image 0: IoU 1, 0.8, 0, 0.5: two positives, one negative, one left out. Image 1: four negatives, all at logit 0.
+    bce = np.log1p(np.exp(-2)) + np.log1p(np.exp(1)) + np.log1p(np.exp(0.5)) + 4 * np.log(2)
+    assert losses["rpn_objectness"] == pytest.approx(bce / 7, rel=1e-5)
+    # Anchor 0 is off by 0.5 in x; anchor 1 should move by (5 - 4) / 8 down and grow by log(10 / 8), but grew by 1.
+    assert losses["rpn_box"] == pytest.approx((0.5 + 1 / 8 + abs(1 - np.log(10 / 8))) / 7, rel=1e-5)
+    assert statistics["rpn_positives"] == 1.0
+
+
+def test_rois_are_sampled_by_overlap_and_get_their_class_slot():
+    settings = BoxSettings(samples=4, positive_fraction=0.5, sampling="first")
+    proposals = jnp.array([[[0, 0, 10, 10.0], [0, 0, 10, 4], [40, 40, 50, 50], [0, 0, 10, 9]]])
+    usable = jnp.array([[True, True, False, True]])
+    boxes, labels, valid = (
+        jnp.array([[[0, 0, 10, 10.0], [0, 0, 0, 0]]]),
+        jnp.array([[2, 0]]),
+        jnp.array([[True, False]]),
+    )
+    keys = jax.random.split(jax.random.key(0), 1)
+    rois = SAMPLE(settings, 3, proposals, usable, boxes, labels, valid, keys)
+    # Positives: 0 and 3 (IoU 1 and 0.9); the object itself would be the third. Negative: 1 (IoU 0.4); 2 is padding.
+    np.testing.assert_array_equal(rois.valid[0], [True, True, True, False])
+    np.testing.assert_array_equal(rois.positive[0], [True, True, False, False])
+    np.testing.assert_array_equal(rois.boxes[0, :3], proposals[0, jnp.array([0, 3, 1])])
+    np.testing.assert_array_equal(rois.labels[0, :3], [3, 3, 0])
+    last = SAMPLE(
+        BoxSettings(samples=4, background="last", sampling="first"), 3, proposals, usable, boxes, labels, valid, keys
+    )
+    np.testing.assert_array_equal(last.labels[0, :3], [2, 3, 3])  # a quarter of four is one positive; two negatives
+
+
+def test_ground_truth_joins_the_proposals_only_if_asked():
+    nothing = jnp.zeros((1, 3, 4)), jnp.zeros((1, 3), bool)
+    boxes, labels, valid = jnp.array([[[5, 5, 9, 9.0]]]), jnp.array([[1]]), jnp.array([[True]])
+    keys = jax.random.split(jax.random.key(0), 1)
+    for joins in (True, False):
+        settings = BoxSettings(samples=4, add_ground_truth=joins)
+        rois = SAMPLE(settings, 3, *nothing, boxes, labels, valid, keys)
+        assert rois.positive.sum() == rois.valid.sum() == joins
+
+
+def test_box_losses_use_the_deltas_of_the_own_class():
+    rois = box.SampledRoIs(
+        boxes=jnp.array([[[0, 0, 10, 10.0], [0, 0, 10, 10]]]),
+        labels=jnp.array([[2, 0]]),
+        gt_boxes=jnp.array([[[1, 0, 11, 10.0], [1, 0, 11, 10]]]),
+        positive=jnp.array([[True, False]]),
+        valid=jnp.array([[True, True]]),
+    )
+    deltas = jnp.zeros((1, 2, 4, 4)).at[0, 0, 2, 0].set(0.9).at[0, 0, 1, 0].set(7.0)
+    logits = jnp.zeros((1, 2, 4)).at[0, 0, 2].set(1.0)
+    losses, statistics = jax.jit(box.box_losses, static_argnums=0)(BoxSettings(beta=0.0), logits, deltas, rois)
+    assert losses["box"] == pytest.approx(abs(0.9 - 0.1 * 10) / 2, abs=1e-5)
+    expected = (np.log(3 + np.e) - 1 + np.log(4)) / 2
+    assert losses["class"] == pytest.approx(expected, rel=1e-5)
+    assert statistics["roi_accuracy"] == 1.0
+
+
+def test_the_rpn_head_is_one_for_all_levels_and_orders_anchors_last():
+    pyramid = {2: jnp.ones((1, 2, 3, 4)), 3: jnp.ones((1, 1, 2, 4))}
+    head = RPNHead(anchors=3)
+    variables = jax.jit(head.init)(jax.random.key(0), pyramid)
+    assert set(variables["params"]) == {"conv", "objectness", "deltas"}
+    variables["params"]["objectness"]["bias"] = jnp.array([1.0, 2, 3])
+    variables["params"]["objectness"]["kernel"] *= 0
+    logits, deltas = jax.jit(head.apply)(variables, pyramid)
+    np.testing.assert_array_equal(logits[2][0], [1, 2, 3] * 6)
+    np.testing.assert_array_equal(logits[3][0], [1, 2, 3] * 2)
+    assert deltas[2].shape == (1, 18, 4)
+
+
+@pytest.mark.parametrize(("background", "slots"), [("first", 6), ("last", 5)])
+def test_the_box_head_has_the_slots_of_its_convention(background, slots):
+    head = BoxHead(num_classes=5, background=background, channels=8)
+    logits, deltas = jax.eval_shape(lambda: head.init_with_output(jax.random.key(0), jnp.ones((2, 3, 7, 7, 4)))[0])
+    assert logits.shape == (2, 3, 6)
+    assert deltas.shape == (2, 3, slots, 4)
