@@ -4,6 +4,7 @@ python -m fpn_jax.train --config=experiments/demo.py --workdir=runs/demo [--conf
 """
 
 import collections
+import contextlib
 import json
 import math
 import shutil
@@ -54,7 +55,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     state = sharding.put_replicated(mesh, make_state(variables, optimizer, config.ema_decay))
     train_step = make_train_step(detector, optimizer, schedule, config.seed, config.accumulate, config.ema_decay)
 
-    with checkpoint.claim_workdir(workdir, config):
+    with checkpoint.claim_workdir(workdir, config) if rank == 0 else contextlib.nullcontext():
         checkpoints = checkpoint.Checkpoints(workdir)
         position = _position(config, train_split)
         if found := checkpoints.restore(state):

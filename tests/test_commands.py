@@ -123,6 +123,23 @@ def test_mistakes_are_one_line(trained, tmp_path):
     assert "--output" in fails_in_one_line(run("predict", f"--workdir={workdir}", "x.jpg"))
 
 
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_images(trained, tmp_path, scenes_dir):
+    _, arguments, _ = trained
+    changes = ["--config.optim.learning_rate=1e30", "--config.optim.clip_norm=0", "--config.checkpoint_every=1"]
+    changes += ["--config.optim.warmup_steps=0", "--config.optim.name=sgd", "--config.num_steps=8"]
+    done = run("train", "--config=experiments/demo.py", f"--workdir={tmp_path}/run", *arguments, *changes)
+    error = fails_in_one_line(done)
+    step = int(error.split("step ")[1].split(":")[0])
+    assert "not finite on the images with ids [" in error
+    ids = json.loads(error.split("ids ")[1].split(";")[0])
+    assert len(ids) == 2
+    assert set(ids) <= set(open_split(scenes_dir, "scenes", "train").index.image_id.tolist())
+    # No checkpoint holds what the broken step made, and the one that is named is there.
+    saved = sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert saved[-1] == step - 1
+    assert f"checkpoints/{saved[-1]}" in error
+
+
 def test_find_images_goes_into_folders_and_refuses_what_is_not_there(tmp_path):
     (tmp_path / "a").mkdir()
     for name in ("b.JPG", "a/c.png", "notes.txt"):

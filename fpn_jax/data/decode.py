@@ -26,7 +26,8 @@ def decode(data: bytes, name: str, size: tuple[int, int] | None, at_least: tuple
     orientation in the file's EXIF data is followed unless only the picture as stored has that size: some annotators
     overlook it. With None it is always followed.
     `at_least` (height, width) allows a JPEG to be decoded at 1/2, 1/4 or 1/8 of its size, rounded up, as long as no
-    side becomes smaller: the cheap first half of shrinking it by averaging. It needs `size`.
+    side becomes smaller: the cheap first half of shrinking it by averaging. It needs `size`, and then only checks it
+    to within that divisor.
     Raises `UserError` if the file is cut short, no image, or has another size.
     """
     if not data:
@@ -66,10 +67,14 @@ def _read(data: bytes, name: str, flags: int) -> np.ndarray:
 
 
 def _divisor(size: tuple[int, int] | None, at_least: tuple[int, int]) -> int:
+    """The largest divisor allowed; upright and turned must stay two different sizes, if they are."""
     if size is None:
         raise ValueError("at_least needs the size")
-    fitting = (d for d in (8, 4, 2) if all(-(-s // d) >= t for s, t in zip(size, at_least, strict=True)))
-    return next(fitting, 1)
+    for divisor in (8, 4, 2):
+        height, width = (-(-int(side) // divisor) for side in size)
+        if height >= at_least[0] and width >= at_least[1] and (height != width or size[0] == size[1]):
+            return divisor
+    return 1
 
 
 def _is_cut_short(data: bytes) -> bool:

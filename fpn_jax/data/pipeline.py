@@ -113,7 +113,8 @@ def train_batches(
         hint = "set data.skip_empty=False to train on images without" if len(split) else "prepare the data anew"
         raise UserError(f"{split.name}: no image of split {split.split!r} has objects; {hint}")
     members = _members(split, rows, options, max(options.shorter))
-    _tell_of_surplus_objects(split, rows, options)
+    if rank == 0:
+        _tell_of_surplus_objects(split, rows, options)
     schedule = TrainSchedule(members, batch_size, seed)
     end = _ENDLESS if num_steps is None else num_steps
     return _iterate(_Batches(split, options, schedule, rank, world, max(end - start, 0), start, seed), options)
@@ -225,7 +226,12 @@ def _empty_batch(count: int, bucket: tuple[int, int], max_objects: int) -> dict[
 
 def _image(split: Split, row: int, size: tuple[int, int], at_least: tuple[int, int] | None) -> np.ndarray:
     name = f"{split.index.file_name[row]} (record {row} of {split.name} {split.split})"
-    return decode(split.source[row]["image"], name, size, at_least)
+    try:
+        data = split.source[row]["image"]
+    except (OSError, RuntimeError, ValueError) as error:  # what array_record makes of a damaged file
+        what = " ".join(str(error).split())
+        raise UserError(f"{name}: the record cannot be read ({what}); prepare the data anew") from error
+    return decode(data, name, size, at_least)
 
 
 def _targets(split: Split, row: int, max_objects: int) -> tuple[np.ndarray, np.ndarray]:

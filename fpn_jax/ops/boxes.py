@@ -1,7 +1,7 @@
 """Boxes `x1 y1 x2 y2` in pixels, float32, width x2 - x1 (no +1). A box whose sides are not positive is empty.
 
-All functions are elementwise over the leading axes unless said, and neither they nor their gradients are ever NaN for
-finite boxes with sides below 1e18 pixels, padding of zeros included: callers mask the rows that mean nothing.
+All functions are elementwise over the leading axes unless said. Neither they nor their gradients are NaN for finite
+boxes whose sides are 1e-6 to 1e18 pixels or not positive, padding included: callers mask rows that mean nothing.
 """
 
 import math

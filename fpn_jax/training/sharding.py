@@ -17,14 +17,20 @@ from fpn_jax.types import Batch
 
 
 def start_processes() -> None:
-    """Join the other processes of this job, if a launcher (Slurm, GKE, a Cloud TPU pod) started several.
+    """Join the other processes of this job, if there are several; call it before anything touches a device.
 
-    Must come before anything touches a device. On one machine without a launcher it does nothing.
+    Slurm, GKE and Cloud TPU slices tell each process its place. Elsewhere set JAX_COORDINATOR_ADDRESS=HOST:PORT,
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID. A single process does nothing. Raises `UserError` if one of the three is
+    missing.
     """
-    several = ("JAX_COORDINATOR_ADDRESS", "SLURM_STEP_NUM_TASKS", "MEGASCALE_COORDINATOR_ADDRESS")
-    slurm_alone = os.environ.get("SLURM_STEP_NUM_TASKS") == "1"
-    workers = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
-    if (any(os.environ.get(name) for name in several) and not slurm_alone) or len(workers) > 1:
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    given = [os.environ.get(name) for name in names]
+    if any(given):
+        if not all(given):
+            missing = [name for name, value in zip(names, given, strict=True) if not value]
+            raise UserError(f"{missing[0]} is not set; a process of several needs {', '.join(names)}")
+        jax.distributed.initialize(given[0], int(given[1]), int(given[2]))
+    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 or "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
         jax.distributed.initialize()
 
 
@@ -70,8 +76,8 @@ def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> Batch:
 
 
 def put_replicated(mesh: Mesh, tree: Any) -> Any:
-    """Host values, equal on all processes -> arrays that every device holds."""
-    return jax.device_put(tree, replicated(mesh))
+    """Values that are equal on all processes -> arrays that every device holds."""
+    return jax.device_put(jax.tree.map(np.asarray, tree), replicated(mesh))
 
 
 def local_rows(tree: Any) -> Any:

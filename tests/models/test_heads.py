@@ -10,14 +10,14 @@ from fpn_jax.models.heads.box import BoxHead, BoxSettings
 from fpn_jax.models.heads.rpn import RPNHead, RPNSettings
 
 SAMPLE = jax.jit(box.sample_rois, static_argnums=(0, 1))
-SIZES = np.array([[60, 80], [50, 70]], np.int32)  # of the two images in heads.npz
+SIZES = np.array([[60, 80], [50, 70]], np.int32)  # of the two images of the stored cases
 
 
 @pytest.fixture(scope="module")
 def golden():
     from pathlib import Path
 
-    with np.load(Path(__file__).parent.parent / "data" / "heads.npz") as stored:
+    with np.load(Path(__file__).parent.parent / "data" / "ops.npz") as stored:
         return dict(stored)
 
 

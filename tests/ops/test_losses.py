@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from fpn_jax.ops.losses import sigmoid_bce, smooth_l1, softmax_ce
+from fpn_jax.ops import losses as loss_ops
+
+smooth_l1 = jax.jit(loss_ops.smooth_l1, static_argnums=2)
+sigmoid_bce, softmax_ce = jax.jit(loss_ops.sigmoid_bce), jax.jit(loss_ops.softmax_ce)
 
 LOGITS = np.float32([-1e30, -1e4, -88, -20, -1, -1e-6, 0, 1e-6, 1, 20, 88, 1e4, 1e30])
 

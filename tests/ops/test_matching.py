@@ -7,8 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fpn_jax.ops import matching
 from fpn_jax.ops.boxes import iou
-from fpn_jax.ops.matching import BELOW, BETWEEN, match
+from fpn_jax.ops.matching import BELOW, BETWEEN
+
+match = jax.jit(matching.match, static_argnames=("high", "low", "low_quality"))
 
 RULES = [(0.75, 0.25, True), (0.75, 0.25, False), (0.5, 0.5, False), (0.5, 0.5, True)]
 
@@ -47,8 +50,8 @@ def test_match_is_that_of_a_loop(rule):
 
 
 def test_no_objects_and_no_boxes():
-    assert match(jnp.zeros((0, 3)), jnp.zeros(0, bool), 0.5, 0.5, True).tolist() == [BELOW] * 3
-    assert match(jnp.zeros((2, 3)), jnp.zeros(2, bool), 0.5, 0.5, True).tolist() == [BELOW] * 3
+    assert match(jnp.zeros((0, 3)), jnp.zeros(0, bool), high=0.5, low=0.5, low_quality=True).tolist() == [BELOW] * 3
+    assert match(jnp.zeros((2, 3)), jnp.zeros(2, bool), high=0.5, low=0.5, low_quality=True).tolist() == [BELOW] * 3
 
 
 def test_every_object_keeps_its_best_anchors_when_compiled_with_the_iou():
@@ -58,9 +61,11 @@ def test_every_object_keeps_its_best_anchors_when_compiled_with_the_iou():
     anchors = np.concatenate([corners, corners + rng.uniform(10, 90, (8, 400, 2))], -1).astype(np.float32)
     gt = (anchors[:, :6] + rng.uniform(-9, 9, (8, 6, 4))).astype(np.float32)
     valid = np.ones((8, 6), bool)
-    got = jax.jit(jax.vmap(lambda g, a, v: match(iou(g, a), v, 0.99, 0.3, True)))(gt, anchors, valid)
+    got = jax.jit(jax.vmap(lambda g, a, v: match(iou(g, a), v, high=0.99, low=0.3, low_quality=True)))(
+        gt, anchors, valid
+    )
     for b in range(8):
-        best = np.asarray(iou(gt[b], anchors[b])).argmax(axis=1)
+        best = np.asarray(jax.jit(iou)(gt[b], anchors[b])).argmax(axis=1)
         assert (np.asarray(got[b])[best] >= 0).all()
 
 
@@ -68,5 +73,5 @@ def test_goldens(data_dir):
     golden = np.load(data_dir / "ops.npz")
     quality = golden["matcher/iou"]
     for high, low, low_quality in ((0.7, 0.3, True), (0.5, 0.4, True), (0.5, 0.5, False)):
-        got = match(jnp.asarray(quality), jnp.ones(5, bool), high, low, low_quality)
+        got = match(jnp.asarray(quality), jnp.ones(5, bool), high=high, low=low, low_quality=low_quality)
         np.testing.assert_array_equal(got, golden[f"matcher/match_{high}_{low}_low{int(low_quality)}"])

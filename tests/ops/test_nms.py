@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from fpn_jax.ops import boxes as box_ops
 from fpn_jax.ops import nms as nms_ops
-from fpn_jax.ops.boxes import iou
-from fpn_jax.ops.nms import nms, nms_top
+
+iou, nms, nms_top = jax.jit(box_ops.iou), jax.jit(nms_ops.nms), jax.jit(nms_ops.nms_top, static_argnames="max_output")
 
 R = 96
 
@@ -75,7 +76,7 @@ def test_nms_is_greedy_for_a_batch_of_troubles(batch, threshold):
 @pytest.mark.parametrize(("block", "max_output"), [(16, 40), (7, 5), (256, 120)])
 def test_nms_top_is_the_head_of_greedy_in_blocks_of_any_size(batch, monkeypatch, block, max_output):
     monkeypatch.setattr(nms_ops, "BLOCK", block)
-    index, valid = jax.jit(jax.vmap(lambda *x: nms_top(*x[:3], 0.5, max_output, x[3])))(*batch)
+    index, valid = jax.jit(jax.vmap(lambda *x: nms_ops.nms_top(*x[:3], 0.5, max_output, x[3])))(*batch)
     assert index.shape == (len(batch[0]), max_output)
     for name, got, used, *inputs in zip(cases(), index, valid, *batch, strict=True):
         expected = slow_nms(*inputs[:3], 0.5, inputs[3])[:max_output]
@@ -97,16 +98,16 @@ def test_many_candidates_in_blocks_of_the_real_size():
     valid, groups = rng.uniform(size=r) < 0.9, rng.integers(0, 4, r)
     expected = slow_nms(boxes, scores, valid, 0.3, groups)
     assert len(expected) > nms_ops.BLOCK
-    index, used = jax.jit(nms_top, static_argnums=4)(boxes, scores, valid, 0.3, 400, groups)
+    index, used = nms_top(boxes, scores, valid, 0.3, max_output=400, groups=groups)
     assert index[used].tolist() == expected[:400]
-    assert np.flatnonzero(jax.jit(nms)(boxes, scores, valid, 0.3, groups)).tolist() == sorted(expected)
+    assert np.flatnonzero(nms(boxes, scores, valid, 0.3, groups)).tolist() == sorted(expected)
 
 
 @pytest.mark.parametrize("r", [0, 1])
 def test_none_and_one(r):
     boxes, scores, valid = jnp.tile(jnp.float32([[1, 2, 3, 4]]), (r, 1)), jnp.zeros(r), jnp.ones(r, bool)
     assert nms(boxes, scores, valid, 0.5).tolist() == [True] * r
-    index, used = nms_top(boxes, scores, valid, 0.5, 3)
+    index, used = nms_top(boxes, scores, valid, 0.5, max_output=3)
     assert index.tolist() == [0, 0, 0] and used.sum() == r
 
 
@@ -115,7 +116,7 @@ def test_not_a_number_ends():
     boxes, scores = boxes.copy(), scores.copy()
     boxes[::5], scores[::7] = np.nan, np.nan
     assert nms(boxes, scores, valid, 0.5).shape == (R,)
-    assert nms_top(boxes, scores, valid, 0.5, 10, groups)[0].max() < R
+    assert nms_top(boxes, scores, valid, 0.5, max_output=10, groups=groups)[0].max() < R
 
 
 def test_sharded_over_images(batch):
@@ -125,7 +126,7 @@ def test_sharded_over_images(batch):
 
     @jax.jit
     def both(*x):
-        return jax.vmap(lambda *x: (nms(*x[:3], 0.5, x[3]), nms_top(*x[:3], 0.5, 9, x[3])))(*x)
+        return jax.vmap(lambda *x: (nms(*x[:3], 0.5, x[3]), nms_ops.nms_top(*x[:3], 0.5, 9, x[3])))(*x)
 
     jax.tree.map(np.testing.assert_array_equal, both(*split), both(*batch))
 
@@ -141,7 +142,9 @@ def both():
 
     @jax.jit
     def padded(boxes, scores, valid, groups, threshold):
-        return nms(boxes, scores, valid, threshold, groups), nms_top(boxes, scores, valid, threshold, R, groups)
+        return nms(boxes, scores, valid, threshold, groups), nms_top(
+            boxes, scores, valid, threshold, max_output=R, groups=groups
+        )
 
     def call(boxes, scores, groups, threshold):
         more = 300 * -(-len(scores) // 300) - len(scores)

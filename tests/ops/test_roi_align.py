@@ -9,9 +9,11 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 
-from fpn_jax.ops.roi_align import multilevel_roi_align, roi_align, roi_levels
+from fpn_jax.ops import roi_align as roi_ops
+from fpn_jax.ops.roi_align import multilevel_roi_align, roi_align
 
 align = jax.jit(roi_align, static_argnames=("size", "sampling_ratio", "aligned"))
+roi_levels = jax.jit(roi_ops.roi_levels, static_argnames=("levels", "k0", "canonical", "eps"))
 
 
 def slow_point(feature, y, x):
@@ -112,7 +114,7 @@ def test_gradient_of_more_rois_than_pieces():
 
 
 def test_rois_are_constants():
-    gradient = jax.grad(lambda rois: align(feature_map(), rois, scale=0.25).sum())(ROIS)
+    gradient = jax.jit(jax.grad(lambda rois: align(feature_map(), rois, scale=0.25).sum()))(ROIS)
     assert (gradient == 0).all()
 
 
@@ -199,6 +201,7 @@ def test_levels_at_the_boundaries(data_dir):
     boxes = np.stack([0 * sides, 0 * sides, sides, sides], -1)
     assert roi_levels(boxes, (2, 3, 4, 5)).tolist() == [2, 2, 2, 3, 3, 4, 4, 5, 5]
     assert roi_levels(boxes, (2, 3, 4, 5), k0=5, canonical=448.0).tolist() == [2, 2, 2, 3, 3, 4, 4, 5, 5]
+    assert roi_levels(boxes, (2, 3, 4, 5), eps=0.0).tolist() == [2, 2, 2, 3, 3, 4, 4, 5, 5]
     assert roi_levels(boxes, (2,)).tolist() == [2] * 9
     assert roi_levels(np.float32([[9, 9, 2, 2], [-900, 0, 900, -9]]), (2, 3, 4, 5)).tolist() == [2, 2]  # inverted
 

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fpn_jax.ops.sampling import sample
+from fpn_jax.ops import sampling
 
+sample = jax.jit(sampling.sample, static_argnames=("num", "fraction"))
 R, NUM, FRACTION = 40, 16, 0.25  # at most 4 positives
 
 
@@ -20,9 +21,7 @@ def masks(positives, negatives, seed=0):
     return positive, negative
 
 
-@pytest.fixture(scope="module")
-def draw():
-    return jax.jit(partial(sample, num=NUM, fraction=FRACTION))
+draw = partial(sample, num=NUM, fraction=FRACTION)
 
 
 @pytest.mark.parametrize("key", [None, 0])
@@ -30,7 +29,7 @@ def draw():
     ("positives", "negatives"),
     [(10, 30), (4, 12), (2, 30), (0, 30), (10, 5), (1, 1), (10, 0), (0, 0), (3, 13), (40, 0), (0, 40)],
 )
-def test_counts(draw, key, positives, negatives):
+def test_counts(key, positives, negatives):
     positive, negative = masks(positives, negatives)
     drawn = draw(None if key is None else jax.random.key(key), positive, negative)
     index, is_positive, valid = map(np.asarray, drawn)
@@ -49,7 +48,7 @@ def test_counts(draw, key, positives, negatives):
 @pytest.mark.parametrize(("r", "num", "fraction"), [(3, 8, 0.5), (0, 4, 0.5), (6, 4, 0.0), (6, 4, 1.0)])
 def test_more_rows_than_candidates_and_extreme_fractions(r, num, fraction):
     positive = np.arange(r) % 2 == 0
-    drawn = sample(jax.random.key(0), jnp.asarray(positive), jnp.asarray(~positive), num, fraction)
+    drawn = sample(jax.random.key(0), jnp.asarray(positive), jnp.asarray(~positive), num=num, fraction=fraction)
     positives = min(int(positive.sum()), int(num * fraction))
     assert drawn.positive.sum() == positives
     assert drawn.valid.sum() == positives + min(int((~positive).sum()), num - positives)
@@ -60,7 +59,7 @@ def test_every_pair_of_candidates_is_equally_likely():
     """Chi-square over which two of six positives and which two of five negatives were drawn, 4000 draws."""
     positive, negative = np.arange(12) < 6, (np.arange(12) >= 6) & (np.arange(12) < 11)
     keys = jax.random.split(jax.random.key(3), 4000)
-    index = np.asarray(jax.jit(jax.vmap(lambda k: sample(k, positive, negative, 4, 0.5).index))(keys))
+    index = np.asarray(jax.jit(jax.vmap(lambda k: sample(k, positive, negative, num=4, fraction=0.5).index))(keys))
     for columns, pairs in ((index[:, :2], 15), (index[:, 2:], 10)):
         columns = np.sort(columns, axis=1)
         _, counts = np.unique(columns[:, 0] * 12 + columns[:, 1], return_counts=True)
@@ -72,6 +71,5 @@ def test_every_pair_of_candidates_is_equally_likely():
 
 def test_keys_decide():
     positive, negative = masks(20, 20)
-    draw = partial(sample, positive=positive, negative=negative, num=NUM, fraction=FRACTION)
-    a, b, c = (draw(jax.random.key(seed)).index for seed in (0, 0, 1))
+    a, b, c = (draw(jax.random.key(seed), positive, negative).index for seed in (0, 0, 1))
     assert a.tolist() == b.tolist() != c.tolist()

@@ -1,0 +1,46 @@
+"""Two real processes on this machine train and score as one does."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def train(config, workdir, processes):
+    """Run the training command in that many processes and return the losses and the final metrics."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, "-m", "fpn_jax.train", f"--config={config}", f"--workdir={workdir}"]
+    running = []
+    for rank in range(processes):
+        environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+        if processes > 1:
+            place = {
+                "JAX_COORDINATOR_ADDRESS": address,
+                "JAX_NUM_PROCESSES": str(processes),
+                "JAX_PROCESS_ID": str(rank),
+            }
+            environment |= place
+        running.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=-1, stderr=-1, text=True))
+    for process in running:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    return losses, json.loads((workdir / "metrics.json").read_text())
+
+
+def test_two_processes_give_the_losses_and_scores_of_one(tmp_path, tiny_experiment):
+    one_losses, one_metrics = train(tiny_experiment, tmp_path / "one", 1)
+    two_losses, two_metrics = train(tiny_experiment, tmp_path / "two", 2)
+    assert two_losses == pytest.approx(one_losses, rel=1e-3)
+    assert len(two_losses) == 12
+    assert two_metrics["num_images"] == one_metrics["num_images"] == 5  # not even over two processes
+    assert two_metrics["num_detections"] == pytest.approx(one_metrics["num_detections"], abs=2)
