@@ -21,7 +21,7 @@ _REDUCED = {
 def decode(data: bytes, name: str, size: tuple[int, int] | None, at_least: tuple[int, int] | None = None) -> np.ndarray:
     """Decode the bytes of an image file, called `name` in errors, to uint8 [h w 3] RGB.
 
-    JPEG, PNG, WebP, BMP, TIFF and GIF (its first picture); greyscale, palette, CMYK and 16 bits per channel (scaled to
+    JPEG, PNG, WebP, BMP and TIFF; greyscale, palette, CMYK and 16 bits per channel (scaled to
     8) come out as RGB, alpha is dropped. `size` is the (height, width) that the annotations are about. The
     orientation in the file's EXIF data is followed unless only the picture as stored has that size: some annotators
     overlook it. With None it is always followed.
@@ -58,7 +58,7 @@ def _read(data: bytes, name: str, flags: int) -> np.ndarray:
     except cv2.error:
         image = None
     if image is None:
-        raise UserError(f"{name}: not an image that can be read, or damaged; use JPEG, PNG, WebP, BMP, TIFF or GIF")
+        raise UserError(f"{name}: not an image that can be read, or damaged; use JPEG, PNG, WebP, BMP or TIFF")
     if image.dtype == np.uint16:
         return cv2.convertScaleAbs(image, alpha=1 / 257)  # rounds; 65535 becomes 255
     if image.dtype != np.uint8:

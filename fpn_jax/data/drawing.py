@@ -21,7 +21,7 @@ FRAMES = ((320, 320), (288, 352), (352, 288), (256, 384), (384, 256))  # height,
 MAX_HIDDEN = 0.5  # an object may be covered, or lie outside the image, to this fraction of its area
 
 _UNIT = 8192  # half the length of a shape in its own coordinates
-_ROTATION = 30  # degrees either way
+_ROTATION = 15  # degrees either way
 _EMPTY_PERCENT = 3  # of the scenes have no object
 _PALETTE = np.array(
     [
@@ -89,7 +89,7 @@ def _object_sizes(rng: np.random.Generator, index: int) -> list[int]:
     """Longer sides of a scene's objects, largest first, so that small ones are not painted over."""
     if _chance(rng, _EMPTY_PERCENT):
         return []
-    count = _integer(rng, 2, 10)
+    count = _integer(rng, 5, 16)
     sizes = []
     for _ in range(count):
         octave = _integer(rng, 0, 1023) * 5 / 1024

@@ -116,18 +116,16 @@ def upsample_nearest(x: jax.Array, size: tuple[int, int]) -> jax.Array:
 def max_pool(x: jax.Array, window: int, stride: int) -> jax.Array:
     """Maximum over windows of x [b h w c], padded by window // 2 on every side with values that never win.
 
-    Written as the maximum of shifted copies: the gradient of XLA's own windowed maximum is a scatter, which on a CPU
-    costs more than the convolutions around it.
+    Written as maxima of shifted copies, first over rows, then over columns: the gradient of XLA's own windowed
+    maximum is a scatter, which on a CPU costs more than the convolutions around it.
     """
     pad = window // 2
     x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)), constant_values=-jnp.inf)
-    h, w = ((n - window) // stride + 1 for n in x.shape[1:3])
-    shifted = [
-        x[:, i : i + stride * (h - 1) + 1 : stride, j : j + stride * (w - 1) + 1 : stride]
-        for i in range(window)
-        for j in range(window)
-    ]
-    return functools.reduce(jnp.maximum, shifted)
+    for axis in (1, 2):
+        last = (x.shape[axis] - window) // stride * stride
+        shifted = (jax.lax.slice_in_dim(x, i, i + last + 1, stride, axis) for i in range(window))
+        x = functools.reduce(jnp.maximum, shifted)
+    return x
 
 
 def normalize_pixels(

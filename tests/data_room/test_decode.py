@@ -50,7 +50,6 @@ KINDS = {
     "webp": save(PICTURE, "WEBP", lossless=True),
     "bmp": save(PICTURE, "BMP"),
     "tiff": save(PICTURE, "TIFF"),
-    "gif": save(PICTURE.convert("P"), "GIF"),
 }
 
 

@@ -202,6 +202,12 @@ def test_seeds_differ():
         for seed in (0, 1, -1)
     }
     assert len(orders) == 3
+    alone = make_split(1)  # no order to tell them apart, only what is done to the image
+    shown = {
+        b"".join(batch["boxes"].tobytes() for batch in take(train_batches(alone, OPTIONS, 1, seed), 16))
+        for seed in (0, 1, -1)
+    }
+    assert len(shown) == 3
 
 
 def test_images_without_objects():
@@ -274,6 +280,10 @@ def test_evaluation_covers_every_image_once(batch_size, world):
             np.testing.assert_array_equal(batch["image"][i], image)
             np.testing.assert_array_equal(batch["size"][i], size)
             np.testing.assert_array_equal(batch["boxes"][i][batch["valid"][i]], boxes)
+
+
+def test_evaluation_of_no_images_is_no_batch():
+    assert list(eval_batches(make_split(0), OPTIONS, 4)) == []
 
 
 def test_evaluation_may_use_smaller_buckets_than_training():
@@ -403,7 +413,7 @@ def test_a_closed_iterator_leaves_no_threads_behind():
     before = set(threading.enumerate())
     iterator = train_batches(make_split(6), options(num_threads=4), 2, seed=0)  # endless
     next(iterator)
-    assert set(threading.enumerate()) > before
+    assert set(threading.enumerate()) - before
     iterator.close()
     deadline = time.monotonic() + 10
     while set(threading.enumerate()) - before and time.monotonic() < deadline:

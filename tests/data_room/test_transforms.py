@@ -152,7 +152,7 @@ def test_default_buckets_hold_every_image():
 
 
 def test_an_image_goes_to_the_smallest_bucket_that_holds_it():
-    buckets = ((40, 60), (60, 40), (40, 45), (40, 45), (30, 60))
+    buckets = ((40, 45), (40, 45), (40, 60), (60, 40), (30, 60))
     sizes = np.array([[40, 60], [40, 46], [40, 45], [41, 40], [30, 60], [30, 45], [41, 41], [61, 1]])
     areas = np.prod(buckets, 1)
     for size, chosen in zip(sizes, assign_buckets(sizes, buckets), strict=True):
