@@ -37,7 +37,8 @@ def main(argv: Sequence[str]) -> None:
     options = common.pipeline_options(config)
     detector = common.make_detector(config, classes)
     like = common.abstract_variables(detector, options.buckets[0], sharding.replicated(mesh))
-    variables, step = checkpoint.Checkpoints(workdir).restore_weights(like, _CHECKPOINT.value)
+    with checkpoint.Checkpoints(workdir) as checkpoints:
+        variables, step = checkpoints.restore_weights(like, _CHECKPOINT.value)
     results = detect_split(make_detect(detector), variables, mesh, split, options, config.eval_batch_size)
     metrics = score_split(workdir, split, results)
     if sharding.process()[0] == 0:

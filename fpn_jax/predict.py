@@ -60,7 +60,8 @@ def main(argv: Sequence[str]) -> None:
     options = common.pipeline_options(config)
     detector = common.make_detector(config, classes)
     like = common.abstract_variables(detector, options.buckets[0], sharding.replicated(mesh))
-    variables, _ = checkpoint.Checkpoints(_WORKDIR.value).restore_weights(like, _CHECKPOINT.value)
+    with checkpoint.Checkpoints(_WORKDIR.value) as checkpoints:
+        variables, _ = checkpoints.restore_weights(like, _CHECKPOINT.value)
     detect = make_detect(detector)
 
     results: list[dict[str, Any]] = []

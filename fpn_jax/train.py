@@ -55,8 +55,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     state = sharding.put_replicated(mesh, make_state(variables, optimizer, config.ema_decay))
     train_step = make_train_step(detector, optimizer, schedule, config.seed, config.accumulate, config.ema_decay)
 
-    with checkpoint.claim_workdir(workdir, config) if rank == 0 else contextlib.nullcontext():
-        checkpoints = checkpoint.Checkpoints(workdir)
+    claim = checkpoint.claim_workdir(workdir, config) if rank == 0 else contextlib.nullcontext()
+    with claim, checkpoint.Checkpoints(workdir) as checkpoints:
         position = _position(config, train_split)
         if found := checkpoints.restore(state):
             state, saved_position = found
@@ -83,7 +83,6 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
                     metrics = run.evaluate(state, last)
             if metrics is None:  # killed between its last step and the end of the last evaluation
                 metrics = run.evaluate(state, True)
-        checkpoints.close()
     return metrics
 
 

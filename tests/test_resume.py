@@ -12,7 +12,8 @@ ROOT = Path(__file__).parent.parent
 
 
 def command(config_path, workdir):
-    return [sys.executable, "-m", "fpn_jax.train", f"--config={config_path}", f"--workdir={workdir}"]
+    changes = ["--config.num_steps=100", "--config.checkpoint_every=10"]
+    return [sys.executable, "-m", "fpn_jax.train", f"--config={config_path}", f"--workdir={workdir}", *changes]
 
 
 def losses(workdir):
@@ -20,27 +21,33 @@ def losses(workdir):
     return {row["step"]: row["loss"] for row in rows if "loss" in row}
 
 
+def finished_checkpoints(workdir):
+    folder = workdir / "checkpoints"
+    return [p for p in folder.iterdir() if p.name.isdigit()] if folder.exists() else []
+
+
 def environment():
     return os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
 
 
 def test_a_killed_run_continues_with_the_same_losses(tmp_path, tiny_experiment):
+    steps = 100
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     whole = subprocess.run(
         command(tiny_experiment, unbroken), cwd=ROOT, env=environment(), capture_output=True, text=True
     )
     assert whole.returncode == 0, whole.stderr
     expected = losses(unbroken)
-    assert sorted(expected) == list(range(1, 13))
+    assert sorted(expected) == list(range(1, steps + 1))
 
     victim = subprocess.Popen(command(tiny_experiment, broken), cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not any((broken / "checkpoints").glob("[0-9]*")) and time.monotonic() < deadline:
-        time.sleep(0.02)
+    while not finished_checkpoints(broken) and time.monotonic() < deadline:
+        time.sleep(0.01)
     victim.send_signal(signal.SIGKILL)
     assert victim.wait() == -signal.SIGKILL
     before = sorted(losses(broken))
-    assert before[-1] < 12, "the run ended before it could be killed"
+    assert before[-1] < steps, "the run ended before it could be killed"
 
     again = subprocess.run(
         command(tiny_experiment, broken), cwd=ROOT, env=environment(), capture_output=True, text=True

@@ -106,11 +106,19 @@ class Checkpoints:
         for manager in (self._latest, self._best):
             self._guarded(manager, lambda: None)
 
-    def close(self) -> None:
-        """Wait and let go of the folders."""
-        self.wait()
-        self._latest.close()
-        self._best.close()
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        """Wait and let go of the folders, also when the run ends by an error: what is being saved is still good."""
+        try:
+            self.wait()
+        except UserError:
+            if error is None:
+                raise
+        finally:
+            self._latest.close()
+            self._best.close()
 
     def _guarded(self, manager: ocp.CheckpointManager, action: Any) -> None:
         """Run a save; a failure to write, also of the save before, is a `UserError` naming the last good step."""

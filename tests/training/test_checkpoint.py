@@ -45,7 +45,7 @@ def test_a_state_comes_back_bit_for_bit_onto_other_devices(tmp_path):
     assert checkpoints.latest_step is None
     assert checkpoints.restore(with_eight) is None
     checkpoints.save(with_eight, {"seed": 3})
-    checkpoints.close()
+    checkpoints.wait()
     two = sharding.make_mesh(jax.devices()[:2])
     like = sharding.put_replicated(two, make_state(seed=9))
     state, position = Checkpoints(str(tmp_path)).restore(like)
@@ -61,7 +61,7 @@ def test_the_latest_two_and_the_best_are_kept(tmp_path):
         best = checkpoints.best_metrics()
         if best is None or ap > best["AP"]:
             checkpoints.save_best(make_state(step, seed=step), {"AP": ap})
-    checkpoints.close()
+    checkpoints.wait()
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]
     assert sorted(p.name for p in (tmp_path / "best").iterdir()) == ["2"]
     like = {"params": make_state().params, "batch_stats": {}}
@@ -75,7 +75,7 @@ def test_the_latest_two_and_the_best_are_kept(tmp_path):
 def test_without_an_average_the_parameters_are_used_and_best_falls_back(tmp_path):
     checkpoints = Checkpoints(str(tmp_path))
     checkpoints.save(make_state(1, average=False), {})
-    checkpoints.close()
+    checkpoints.wait()
     variables, step = Checkpoints(str(tmp_path)).restore_weights(
         {"params": make_state().params, "batch_stats": {}}, "best"
     )
@@ -86,7 +86,7 @@ def test_without_an_average_the_parameters_are_used_and_best_falls_back(tmp_path
 def test_another_architecture_is_refused_by_the_names_of_its_weights(tmp_path):
     checkpoints = Checkpoints(str(tmp_path))
     checkpoints.save(make_state(1), {})
-    checkpoints.close()
+    checkpoints.wait()
     with pytest.raises(UserError, match=r"params/neck/kernel is \[3, 4\] in the checkpoint and \[3, 5\] in the model"):
         Checkpoints(str(tmp_path)).restore(make_state(width=5))
     wide = {"params": {"neck": make_state().params["neck"], "tail": {"bias": jnp.ones(1)}}, "batch_stats": {}}
