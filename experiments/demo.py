@@ -13,8 +13,8 @@ def get_config() -> ml_collections.ConfigDict:
     """Everything narrower than the base, batch norm, and Adam: minutes on two CPU cores."""
     config = base()
     config.batch_size = 8
-    config.num_steps = 600
-    config.eval_every = 300
+    config.num_steps = 700
+    config.eval_every = 350
     config.checkpoint_every = 100
     config.eval_batch_size = 8
     config.ema_decay = 0.99
