@@ -4,7 +4,7 @@
     python -m fpn_jax.train --config=experiments/coco_tiny_overfit.py --workdir=runs/coco_tiny
 
 Any small COCO-format folder will do: name it with --config.data.dataset and its split with --config.data.train_split
-and --config.data.eval_split.
+and --config.data.eval_split. Hardware: any CPU. Duration and score: not measured yet.
 """
 
 import ml_collections
