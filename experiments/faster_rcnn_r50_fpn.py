@@ -23,6 +23,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.checkpoint_every = 1_000  # steps; also at the end
     config.eval_batch_size = 16
     config.pictures = 8  # of the evaluation split, drawn at the end
+    config.init_from = ""  # weights to start from: a file, a workdir, torchvision://NAME/WEIGHTS or detectron2://...
+    config.init_part = ""  # which part of them: "backbone", ...; "": everything they have
+    config.init_reset_classes = False  # True: other classes than theirs; the class layers start anew
     config.ema_decay = 0.0  # of averaged weights, which are then the ones evaluated; 0: none
 
     config.data = data = ml_collections.ConfigDict()
@@ -30,11 +33,13 @@ def get_config() -> ml_collections.ConfigDict:
     data.dataset = "coco/2017"
     data.train_split = "train"
     data.eval_split = "validation"
+    data.classes = ""  # the data set's own; "coco_91", "coco_80": torchvision's and detectron2's labels for COCO
     data.shorter = (800,)  # pixels; one is drawn for every training image, evaluation takes the last
     data.longest = 1333
     data.buckets = ()  # (height, width) pairs, multiples of 32; (): chosen from shorter and longest
     data.rounding = "floor"  # of resized sides; detectron2: "round"
-    data.interpolation = "linear"  # "area" where images shrink a lot
+    data.interpolation = "linear"  # detectron2: "antialias"; "area" where images shrink a lot
+    data.pixels = "uint8"  # torchvision: "float32", resized images unrounded, which take four times the memory
     data.flip = 0.5  # probability
     data.max_objects = 0  # per image; 0: as many as the data set's fullest image has
     data.skip_empty = True  # whether images without objects are left out in training
@@ -43,19 +48,27 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.model = model = ml_collections.ConfigDict()
     model.dtype = "float32"  # of activations; parameters are always float32. "bfloat16" on accelerators
+    model.pixels = ml_collections.ConfigDict(  # what the backbone's weights expect; detectron2: "bgr", 255.0, ...
+        {"order": "rgb", "white": 1.0, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+    )
     model.backbone = ml_collections.ConfigDict(
         {
             "name": "resnet",
             "depth": 50,
             "blocks": (),  # per stage; (): those of the depth
             "width": 64,
+            "groups": 1,
+            "width_per_group": 64,
             "norm": "frozen_bn",
             "norm_eps": 1e-5,
             "stride_in_1x1": False,
             "frozen_stages": 2,
         }
     )
-    model.neck = ml_collections.ConfigDict({"name": "fpn", "channels": 256, "extra_level": True})
+    model.neck = ml_collections.ConfigDict(
+        {"name": "fpn", "channels": 256, "extra_level": True, "norm": "none", "norm_eps": 1e-5}
+    )
+    model.rpn_head = ml_collections.ConfigDict({"convs": 1})
     model.rpn = rpn = ml_collections.ConfigDict()  # see fpn_jax/models/heads/rpn.py for what detectron2 has
     rpn.levels = (2, 3, 4, 5, 6)
     rpn.sizes = ((32.0,), (64.0,), (128.0,), (256.0,), (512.0,))
@@ -70,6 +83,7 @@ def get_config() -> ml_collections.ConfigDict:
     rpn.positive_fraction = 0.5
     rpn.sampling = "random"
     rpn.beta = 1 / 9
+    rpn.normalizer = "sampled"
     rpn.delta_weights = (1.0, 1.0, 1.0, 1.0)
     rpn.pre_nms_train = 2000
     rpn.pre_nms_test = 1000
@@ -77,11 +91,15 @@ def get_config() -> ml_collections.ConfigDict:
     rpn.post_nms_test = 1000
     rpn.nms_iou = 0.7
     rpn.min_size = 1e-3
-    model.box_head = ml_collections.ConfigDict({"channels": 1024})
+    rpn.score_threshold = 0.0
+    model.box_head = ml_collections.ConfigDict(
+        {"channels": 1024, "fcs": 2, "convs": 0, "conv_channels": 256, "norm": "none", "norm_eps": 1e-5}
+    )
     model.box = box = ml_collections.ConfigDict()  # see fpn_jax/models/heads/box.py
     box.levels = (2, 3, 4, 5)
     box.k0 = 4
     box.canonical_size = 224.0
+    box.level_eps = 1e-6
     box.pooled_size = 7
     box.sampling_ratio = 2
     box.aligned = False

@@ -18,9 +18,9 @@ import jax
 
 @flax.struct.dataclass
 class Batch:
-    """What the training step and the detector take. Images stay uint8 until they are on the device."""
+    """What the training step and the detector take. Images are normalised on the device, whatever their type."""
 
-    image: jax.Array  # uint8 [b h w 3], RGB, zeros below and right of `size`
+    image: jax.Array  # uint8, or float32 0 .. 255 unrounded, [b h w 3], RGB, zeros below and right of `size`
     size: jax.Array  # int32 [b 2], height and width of the picture inside the padding
     boxes: jax.Array  # float32 [b m 4]
     labels: jax.Array  # int32 [b m]

@@ -84,6 +84,34 @@ class Split:
             "crowd": self.index.iscrowd[rows],
         }
 
+    def with_classes(self, names: Sequence[str], category_ids: Sequence[int]) -> "Split":
+        """The same split, labelled by a list of classes: label -> name and category id.
+
+        Category ids stay what they are, so scores do not change. Raises a `UserError` that names the data set's
+        categories which the list lacks, or has under another name: then the ids mean something else there.
+        """
+        label_of = {category: label for label, category in enumerate(category_ids)}
+        own = list(zip(self.category_ids, self.class_names, strict=True))
+        lacking = [f"{category} {name!r}" for category, name in own if category not in label_of]
+        if lacking:
+            raise UserError(
+                f"data.classes: the list lacks categories of {self.name}: {_some(lacking)}; set data.classes='' to "
+                "take the data set's own classes"
+            )
+        other = [
+            f"{category} is {name!r}, not {names[label_of[category]]!r}"
+            for category, name in own
+            if name.casefold() != names[label_of[category]].casefold()
+        ]
+        if other:
+            raise UserError(
+                f"data.classes: the list has other names for categories of {self.name}: {_some(other)}; set "
+                "data.classes='' to take the data set's own classes"
+            )
+        relabel = np.array([label_of[category] for category in self.category_ids], np.int32)
+        index = dataclasses.replace(self.index, label=relabel[self.index.label])
+        return dataclasses.replace(self, index=index, class_names=list(names), category_ids=list(category_ids))
+
     def ground_truth(self) -> dict:
         """The split as a COCO dict with its original ids and boxes, for the evaluator; without segmentations."""
         index = self.index
@@ -105,6 +133,11 @@ class Split:
         ]
         categories = [{"id": i, "name": name} for i, name in zip(self.category_ids, self.class_names, strict=True)]
         return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def _some(items: list[str], most: int = 5) -> str:
+    """The first few, and how many more there are."""
+    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
 def open_split(data_dir: str | os.PathLike, dataset: str, split: str) -> Split:

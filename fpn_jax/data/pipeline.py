@@ -2,7 +2,7 @@
 
 A batch is a dict of NumPy arrays (b images, at most m objects each, one bucket):
 
-    image          uint8 [b h w 3]    RGB, zeros below and right of `size`
+    image          uint8 [b h w 3]    RGB, zeros below and right of `size`; float32 (0 .. 255) if the options say so
     size           int32 [b 2]        height and width of the picture inside the padding
     boxes          float32 [b m 4]    x1 y1 x2 y2 in pixels of the resized image
     labels         int32 [b m]        0 .. k-1
@@ -32,6 +32,7 @@ from fpn_jax.data.datasets import Split
 from fpn_jax.data.decode import decode
 from fpn_jax.data.transforms import (
     INTERPOLATIONS,
+    PIXELS,
     ROUNDINGS,
     assign_buckets,
     default_buckets,
@@ -61,7 +62,8 @@ class PipelineOptions:
     buckets: tuple[tuple[int, int], ...]  # (height, width) that images are padded to; see default_buckets
     flip: float = 0.5  # probability of a mirror image, in training
     rounding: str = "floor"  # of resized sides, as torchvision; "round" as detectron2
-    interpolation: str = "linear"  # without smoothing, as torchvision; "area" averages where images shrink
+    interpolation: str = "linear"  # as torchvision; "antialias" as detectron2; "area" averages where images shrink
+    pixels: str = "uint8"  # of resized images, as detectron2; "float32" keeps them unrounded, as torchvision
     max_objects: int | None = None  # m; None: the split's most, rounded up to a multiple of 8. Fewer keep the largest
     skip_empty: bool = True  # leave out images without objects (crowds do not count), in training
     num_threads: int = 8  # that make a batch each, in every reading process; 0: batches are made when asked for
@@ -79,9 +81,14 @@ class PipelineOptions:
         ):
             if any(value < 1 for value in values):
                 raise UserError(f"data.{name} is {getattr(self, name)}; pixels must be positive")
-        for name, allowed in (("rounding", ROUNDINGS), ("interpolation", tuple(INTERPOLATIONS))):
+        for name, allowed in (("rounding", ROUNDINGS), ("interpolation", INTERPOLATIONS), ("pixels", PIXELS)):
             if getattr(self, name) not in allowed:
                 raise UserError(f"data.{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
+        if self.pixels == "float32" and self.interpolation != "linear":
+            raise UserError(
+                f"data.pixels is 'float32' and data.interpolation {self.interpolation!r}, which gives uint8 only; "
+                "set data.interpolation=linear or data.pixels=uint8"
+            )
         if not 0 <= self.flip <= 1:
             raise UserError(f"data.flip is {self.flip}; a probability lies between 0 and 1")
         for name, least in (("max_objects", 1), ("num_threads", 0), ("num_workers", 0), ("prefetch", 0)):
@@ -144,7 +151,7 @@ def image_batch(images: Sequence[np.ndarray], options: PipelineOptions) -> dict[
     bucket = int(assign_buckets(largest[None], options.buckets)[0])
     if bucket < 0:
         raise _no_bucket("the image" if len(images) == 1 else "the images together", original.max(0), largest, options)
-    batch = _empty_batch(len(images), options.buckets[bucket], options.max_objects or 8)
+    batch = _empty_batch(len(images), options.buckets[bucket], options.max_objects or 8, options.pixels)
     batch["size"][:], batch["original_size"][:] = sizes, original
     batch["index"][:] = batch["image_id"][:] = np.arange(len(images))
     for canvas, image, size in zip(batch["image"], images, sizes, strict=True):
@@ -186,7 +193,7 @@ def _load(
     plan: PlannedBatch, split: Split, options: PipelineOptions, max_objects: int, seed: int | None
 ) -> dict[str, np.ndarray]:
     """Read, decode, resize and flip the images of a plan."""
-    batch = _empty_batch(len(plan.rows), options.buckets[plan.bucket], max_objects)
+    batch = _empty_batch(len(plan.rows), options.buckets[plan.bucket], max_objects, options.pixels)
     for i, (row, epoch) in enumerate(zip(plan.rows.tolist(), plan.epochs.tolist(), strict=True)):
         if row < 0:
             continue
@@ -209,11 +216,11 @@ def _load(
     return batch
 
 
-def _empty_batch(count: int, bucket: tuple[int, int], max_objects: int) -> dict[str, np.ndarray]:
+def _empty_batch(count: int, bucket: tuple[int, int], max_objects: int, pixels: str) -> dict[str, np.ndarray]:
     """Padding rows only: black pictures as large as the bucket, so that no size is 0."""
     sizes = np.tile(np.array(bucket, np.int32), (count, 1))
     return {
-        "image": np.zeros((count, *bucket, 3), np.uint8),
+        "image": np.zeros((count, *bucket, 3), pixels),
         "size": sizes,
         "boxes": np.zeros((count, max_objects, 4), np.float32),
         "labels": np.zeros((count, max_objects), np.int32),

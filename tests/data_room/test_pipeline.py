@@ -56,11 +56,11 @@ def test_a_batch_has_the_documented_arrays():
     assert all(value.flags.c_contiguous and value.flags.writeable for value in batch.values())
 
 
-def expected_row(split, row, shorter, flip, bucket, interpolation="linear"):
+def expected_row(split, row, shorter, flip, bucket, interpolation="linear", pixels="uint8"):
     """One row of a batch, put together by hand."""
     original = tuple(split.image_sizes[row].tolist())
     size = resized_size(*original, shorter, 40)
-    image = np.zeros((*bucket, 3), np.uint8)
+    image = np.zeros((*bucket, 3), pixels)
     resize_into(image, decode(split.source[row]["image"], "x", original), size, interpolation, flip)
     objects = split.objects(row)
     boxes = resize_boxes(objects["boxes"][~objects["crowd"]], original, size, flip)
@@ -293,15 +293,23 @@ def test_evaluation_may_use_smaller_buckets_than_training():
     assert next(train_batches(split, changed, 2, seed=0))["image"].shape == (2, 20, 20, 3)
 
 
-def test_area_interpolation_reaches_the_pixels():
+@pytest.mark.parametrize(
+    ("interpolation", "pixels"), [("linear", "uint8"), ("area", "uint8"), ("antialias", "uint8"), ("linear", "float32")]
+)
+def test_interpolation_and_pixels_reach_every_kind_of_batch(interpolation, pixels):
     split = make_split(3, sizes=((40, 60),))
-    checkered = np.indices((40, 60)).sum(0) % 2 * 255
-    split.source[1]["image"] = cv2.imencode(".png", checkered.astype(np.uint8))[1].tobytes()
-    for interpolation in ("area", "linear"):
-        changed = options(shorter=(10,), interpolation=interpolation, num_threads=0)
-        batch = next(eval_batches(split, changed, 3))
-        image, *_ = expected_row(split, 1, 10, False, batch["image"].shape[1:3], interpolation)
-        np.testing.assert_array_equal(batch["image"][1], image)
+    noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+    split.source[1]["image"] = cv2.imencode(".png", noise)[1].tobytes()
+    changed = options(shorter=(11,), interpolation=interpolation, pixels=pixels, num_threads=0)
+    images = [decode(item["image"], "x", (40, 60)) for item in split.source]
+    for flip, batch in (
+        (False, next(eval_batches(split, changed, 3))),
+        (False, image_batch(images, changed)),
+        (True, next(train_batches(split, dataclasses.replace(changed, flip=1.0), 3, seed=0))),
+    ):
+        image, *_ = expected_row(split, 1, 11, flip, batch["image"].shape[1:3], interpolation, pixels)
+        assert batch["image"].dtype == image.dtype == pixels
+        np.testing.assert_array_equal(batch["image"][batch["index"] == 1][0], image)
 
 
 def with_bad_image(split, row, data):
@@ -376,7 +384,10 @@ def test_a_batch_that_the_processes_cannot_share_is_refused():
         ({"flip": 1.5}, r"data\.flip is 1\.5; a probability"),
         ({"flip": float("nan")}, r"data\.flip is nan; a probability"),
         ({"rounding": "ceil"}, r"data\.rounding is 'ceil'; choose one of floor, round"),
-        ({"interpolation": "cubic"}, r"data\.interpolation is 'cubic'; choose one of linear, area"),
+        ({"interpolation": "cubic"}, r"data\.interpolation is 'cubic'; choose one of linear, area, antialias"),
+        ({"pixels": "float16"}, r"data\.pixels is 'float16'; choose one of uint8, float32"),
+        ({"pixels": "float32", "interpolation": "area"}, r"data\.pixels is 'float32' and data\.interpolation 'area'"),
+        ({"pixels": "float32", "interpolation": "antialias"}, r"set data\.interpolation=linear or data\.pixels=uint8"),
         ({"max_objects": 0}, r"data\.max_objects is 0; it must be at least 1"),
         ({"num_threads": -1}, r"data\.num_threads is -1"),
         ({"num_workers": -2}, r"data\.num_workers is -2"),

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from fpn_jax.data.transforms import assign_buckets, default_buckets, resize_boxes, resize_into, resized_size
 from fpn_jax.errors import UserError
@@ -74,19 +75,47 @@ def test_linear_resizing_and_padding(size, flip):
     assert canvas.sum() == window.sum()  # the padding is untouched
 
 
-def test_pixels_are_torchvisions(data_dir):
-    """Its answers are normalised float32; ours are rounded to integers before."""
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.uint8, 1.01), (np.float32, 2e-4)])
+def test_pixels_are_torchvisions(data_dir, dtype, tolerance):
+    """Its answers are normalised float32; our uint8 is rounded to integers before. The tolerance is in grey levels."""
     answers = np.load(data_dir / "resize_answers.npz")
     for i in range(3):
         image, size = answers[f"image{i}"], tuple(answers[f"size{i}"].tolist())
         normalised = answers[f"batch{i}"][0].transpose(1, 2, 0)
-        canvas = np.zeros(normalised.shape, np.uint8)
+        canvas = np.zeros(normalised.shape, dtype)
         resize_into(canvas, image, size, "linear", flip=False)
         expected = (normalised * [0.229, 0.224, 0.225] + [0.485, 0.456, 0.406]) * 255
         window = np.s_[: size[0], : size[1]]
-        assert np.abs(canvas[window] - expected[window]).max() <= 1.01
+        assert np.abs(canvas[window] - expected[window]).max() <= tolerance
         boxes = resize_boxes(answers[f"box{i}"], image.shape[:2], size)
         np.testing.assert_allclose(boxes, answers[f"box_out{i}"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(20, 26), (5, 9), (13, 17), (13, 40), (40, 5), (1, 1)])
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_float32_canvas_is_not_rounded(size, flip):
+    image = np.random.default_rng(2).integers(0, 256, (13, 17, 3), np.uint8)
+    canvas = np.full((42, 45, 3), 7, np.float32)
+    resize_into(canvas, image, size, "linear", flip)
+    window = canvas[: size[0], : size[1]]
+    np.testing.assert_allclose(window, bilinear(image, size)[:, :: -1 if flip else 1], atol=2e-4)
+    assert (canvas[size[0] :] == 7).all() and (canvas[:, size[1] :] == 7).all()
+    for interpolation in ("area", "antialias"):
+        with pytest.raises(ValueError, match="gives uint8 only"):
+            resize_into(canvas, image, (3, 3), interpolation, flip)
+
+
+@pytest.mark.parametrize("size", [(90, 130), (20, 31), (53, 77), (100, 30), (20, 120), (1, 1)])
+@pytest.mark.parametrize("flip", [False, True])
+def test_antialias_is_pillows_to_the_bit(size, flip):
+    image = np.random.default_rng(6).integers(0, 256, (53, 77, 3), np.uint8)
+    canvas = np.full((110, 140, 3), 7, np.uint8)
+    resize_into(canvas, image, size, "antialias", flip)
+    picture = Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR)
+    if flip:
+        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    np.testing.assert_array_equal(canvas[: size[0], : size[1]], np.asarray(picture))
+    assert (canvas[size[0] :] == 7).all() and (canvas[:, size[1] :] == 7).all()
 
 
 def test_area_averages_what_it_shrinks():
@@ -101,7 +130,7 @@ def test_area_averages_what_it_shrinks():
     np.testing.assert_array_equal(*large)
 
 
-@pytest.mark.parametrize("interpolation", ["linear", "area"])
+@pytest.mark.parametrize("interpolation", ["linear", "area", "antialias"])
 def test_boxes_move_with_the_picture(interpolation):
     """A white rectangle is found where its box went."""
     rng = np.random.default_rng(4)
