@@ -12,12 +12,14 @@ from fpn_jax import common
 from fpn_jax.errors import UserError
 from fpn_jax.models import build_detector
 from fpn_jax.models.backbones.resnet import ResNet
-from fpn_jax.models.heads.box import BoxSettings
-from fpn_jax.models.heads.rpn import RPNSettings
+from fpn_jax.models.heads.box import BoxHead, BoxSettings
+from fpn_jax.models.heads.rpn import RPNHead, RPNSettings
+from fpn_jax.models.layers import Pixels
 from fpn_jax.models.necks.fpn import FPN
 from fpn_jax.training.state import init_variables
 
-FILES = sorted((Path(__file__).parent.parent / "experiments").rglob("*.py"))
+ROOT = Path(__file__).parent.parent
+FILES = sorted((ROOT / "experiments").rglob("*.py"))
 
 
 def load(path):
@@ -31,7 +33,7 @@ def load(path):
 def test_an_experiment_builds_and_says_its_command(path):
     module = load(path)
     config = module.get_config()
-    assert f"--config=experiments/{path.name}" in module.__doc__
+    assert f"--config={path.relative_to(ROOT)}" in module.__doc__
     options = common.pipeline_options(config)
     detector = build_detector(config.model, 80)
     shapes = jax.eval_shape(lambda: init_variables(detector, options.buckets[0], 0))
@@ -45,16 +47,36 @@ def test_faster_rcnn_r50_fpn_has_torchvisions_number_of_parameters():
     assert trained == 41_755_286  # frozen batch norms have none, there as here
 
 
+# What a module is given by the detector rather than by its own part of the config.
+NOT_IN_CONFIG = {"parent", "name", "dtype", "anchors", "num_classes", "background"}
+
+
 @pytest.mark.parametrize(
     ("key", "settings"),
-    [("rpn", RPNSettings), ("box", BoxSettings), ("backbone", ResNet), ("neck", FPN)],
+    [
+        ("rpn", RPNSettings),
+        ("box", BoxSettings),
+        ("backbone", ResNet),
+        ("neck", FPN),
+        ("pixels", Pixels),
+        ("rpn_head", RPNHead),
+        ("box_head", BoxHead),
+    ],
 )
 def test_the_base_config_names_every_value_at_its_default(key, settings):
     values = get_config().model[key].to_dict()
     values.pop("name", None)
-    defaults = {f.name: f.default for f in dataclasses.fields(settings) if f.name not in ("parent", "name", "dtype")}
+    defaults = {f.name: f.default for f in dataclasses.fields(settings) if f.name not in NOT_IN_CONFIG}
     values = {name: value or None if name == "blocks" else value for name, value in values.items()}
+    values = {name: value for name, value in values.items() if name not in NOT_IN_CONFIG}
     assert values == defaults
+
+
+def test_the_base_config_has_the_pipelines_defaults():
+    options = common.pipeline_options(get_config())
+    for field in dataclasses.fields(options):
+        if field.default is not dataclasses.MISSING and field.name != "prefetch":
+            assert getattr(options, field.name) == field.default == (get_config().data[field.name] or field.default)
 
 
 @pytest.mark.parametrize(

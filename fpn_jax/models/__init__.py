@@ -11,14 +11,26 @@ from typing import Any
 import jax.numpy as jnp
 
 from fpn_jax.errors import UserError
+from fpn_jax.models.backbones.mobilenet import MobileNetV3
 from fpn_jax.models.backbones.resnet import ResNet
 from fpn_jax.models.faster_rcnn import FasterRCNN
 from fpn_jax.models.heads.box import BoxHead, BoxSettings
 from fpn_jax.models.heads.rpn import RPNHead, RPNSettings
+from fpn_jax.models.layers import NORMS, ORDERS, Pixels
 from fpn_jax.models.necks.fpn import FPN
 
-BACKBONES = {"resnet": ResNet}
+BACKBONES = {"resnet": ResNet, "mobilenet_v3": MobileNetV3}
 NECKS = {"fpn": FPN}
+# Values that are names, of whatever part they belong to.
+CHOICES = {
+    "norm": ("none", *NORMS),
+    "order": tuple(ORDERS),
+    "anchor_order": ("ratio_major", "size_major"),
+    "anchor_stride": ("image", "level"),
+    "normalizer": ("sampled", "nominal"),
+    "sampling": ("random", "first"),
+    "background": ("first", "last"),
+}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -34,8 +46,15 @@ def build_detector(model: Mapping[str, Any], num_classes: int) -> FasterRCNN:
     return FasterRCNN(
         backbone=_make("model.backbone", BACKBONES, model["backbone"], dtype=dtype),
         neck=_make("model.neck", NECKS, model["neck"], dtype=dtype),
-        rpn_head=RPNHead(len(settings.sizes[0]) * len(settings.ratios), dtype=dtype),
-        box_head=BoxHead(num_classes, box_settings.background, model["box_head"]["channels"], dtype=dtype),
+        rpn_head=RPNHead(
+            len(settings.sizes[0]) * len(settings.ratios),
+            dtype=dtype,
+            **_fields("model.rpn_head", RPNHead, model.get("rpn_head", {})),
+        ),
+        box_head=BoxHead(
+            num_classes, box_settings.background, dtype=dtype, **_fields("model.box_head", BoxHead, model["box_head"])
+        ),
+        pixels=Pixels(**_fields("model.pixels", Pixels, model.get("pixels", {}))),
         rpn_settings=settings,
         box_settings=box_settings,
         dtype=dtype,
@@ -60,6 +79,8 @@ def _fields(key: str, cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     for name in values:
         if name not in known:
             raise UserError(f"{key}.{name}: {cls.__name__} has no such attribute")
+        if name in CHOICES:
+            _choose(f"{key}.{name}", dict.fromkeys(CHOICES[name]), values[name])
     return {name: _frozen(value) for name, value in values.items()}
 
 

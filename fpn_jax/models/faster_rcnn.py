@@ -7,11 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from fpn_jax.models.heads import box, rpn
-from fpn_jax.models.layers import normalize_pixels
+from fpn_jax.models.layers import Pixels, normalize_pixels
 from fpn_jax.types import Batch, Detections
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class FasterRCNN(nn.Module):
@@ -21,7 +18,7 @@ class FasterRCNN(nn.Module):
         backbone: image -> {l: C_l}; neck: {l: C_l} -> {l: P_l}; rpn_head: {l: P_l} -> logits and deltas per anchor;
         box_head: RoI features -> class logits and deltas per RoI.
         rpn_settings, box_settings: named differences between published implementations.
-        pixel_mean, pixel_std: RGB, on the scale 0 to 1.
+        pixels: what the backbone's weights expect of its input.
     """
 
     backbone: nn.Module
@@ -30,13 +27,12 @@ class FasterRCNN(nn.Module):
     box_head: nn.Module
     rpn_settings: rpn.RPNSettings = rpn.RPNSettings()
     box_settings: box.BoxSettings = box.BoxSettings()
-    pixel_mean: tuple[float, ...] = IMAGENET_MEAN
-    pixel_std: tuple[float, ...] = IMAGENET_STD
+    pixels: Pixels = Pixels()
     dtype: Any = jnp.float32
 
     def features(self, image: jax.Array, size: jax.Array, train: bool = False) -> dict[int, jax.Array]:
-        """uint8 [b h w 3], size [b 2] -> the pyramid {l: P_l}. h and w are multiples of the coarsest C's stride."""
-        x = normalize_pixels(image, size, self.pixel_mean, self.pixel_std, self.dtype)
+        """RGB image [b h w 3], size [b 2] -> the pyramid {l: P_l}. h and w are multiples of the coarsest C's stride."""
+        x = normalize_pixels(image, size, self.pixels, self.dtype)
         with jax.named_scope("backbone"):
             bottom_up = self.backbone(x, train)
         with jax.named_scope("neck"):
@@ -90,13 +86,13 @@ class FasterRCNN(nn.Module):
         with jax.named_scope("roi_align"):
             pooled = box.roi_features(self.box_settings, pyramid, rois.boxes)
         with jax.named_scope("box_head"):
-            class_logits, box_deltas = self.box_head(pooled)
+            class_logits, box_deltas = self.box_head(pooled, train)
         with jax.named_scope("box_losses"):
             box_losses, box_statistics = box.box_losses(self.box_settings, class_logits, box_deltas, rois)
         return rpn_losses | box_losses, rpn_statistics | box_statistics
 
     def detect(self, image: jax.Array, size: jax.Array) -> Detections:
-        """uint8 [b h w 3], size [b 2] -> detections in pixels of the resized image."""
+        """RGB image [b h w 3], size [b 2] -> detections in pixels of the resized image."""
         pyramid = self.features(image, size)
         proposals, *_ = self.propose(pyramid, image.shape[1:3], size, False)
         with jax.named_scope("roi_align"):

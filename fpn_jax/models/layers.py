@@ -4,6 +4,7 @@ import functools
 from typing import Any
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -27,13 +28,14 @@ class Conv(nn.Module):
     use_bias: bool = True
     kernel_init: Init = lecun_uniform
     dtype: Any = jnp.float32
+    groups: int = 1  # each reads its own part of the channels; as many as channels make it depthwise
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        shape = (self.kernel, self.kernel, x.shape[-1], self.features)
+        shape = (self.kernel, self.kernel, x.shape[-1] // self.groups, self.features)
         kernel = self.param("kernel", self.kernel_init, shape).astype(self.dtype)
         x = x.astype(self.dtype)
-        if self.kernel == 1:
+        if self.kernel == 1 and self.groups == 1:
             y = x[:, :: self.stride, :: self.stride] @ kernel[0, 0]
         else:
             pad = self.kernel // 2
@@ -43,6 +45,7 @@ class Conv(nn.Module):
                 window_strides=(self.stride, self.stride),
                 padding=((pad, pad), (pad, pad)),
                 dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                feature_group_count=self.groups,
             )
         if self.use_bias:
             y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
@@ -103,6 +106,28 @@ class GroupNorm(nn.Module):
 NORMS = {"frozen_bn": FrozenBatchNorm, "bn": BatchNorm, "gn": GroupNorm}
 
 
+def conv_norm(
+    x: jax.Array,
+    names: tuple[str, str],
+    features: int,
+    kernel: int,
+    train: bool,
+    *,
+    norm: str,
+    eps: float,
+    dtype: Any,
+    stride: int = 1,
+    groups: int = 1,
+    init: Init = he_fan_out,
+) -> jax.Array:
+    """A convolution and its norm, as two submodules of the calling module, called `names`; no non-linearity.
+
+    x [b h w c] -> [b h' w' features]. With norm "none" the convolution keeps its bias and the second name is unused.
+    """
+    x = Conv(features, kernel, stride, norm == "none", init, dtype, groups, name=names[0])(x)
+    return x if norm == "none" else NORMS[norm](eps=eps, dtype=dtype, name=names[1])(x, train)
+
+
 def upsample_nearest(x: jax.Array, size: tuple[int, int]) -> jax.Array:
     """Repeat rows and columns of x [b h w c] up to `size` (height, width): row i reads row floor(i h / height)."""
     for axis, n in ((1, size[0]), (2, size[1])):
@@ -128,19 +153,27 @@ def max_pool(x: jax.Array, window: int, stride: int) -> jax.Array:
     return x
 
 
-def normalize_pixels(
-    image: jax.Array,
-    size: jax.Array,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    dtype: Any = jnp.float32,
-) -> jax.Array:
-    """uint8 [b h w 3] -> (image / 255 - mean) / std, with zeros outside `size` [b 2].
+ORDERS = {"rgb": 1, "bgr": -1}  # order of the channels -> step through RGB
+
+
+@flax.struct.dataclass
+class Pixels:
+    """What a backbone's weights expect of its input; the defaults are torchvision's."""
+
+    order: str = "rgb"  # of the channels, mean and std; detectron2: "bgr"
+    white: float = 1.0  # what 255 becomes before mean and std; detectron2: 255
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+
+def normalize_pixels(image: jax.Array, size: jax.Array, pixels: Pixels, dtype: Any = jnp.float32) -> jax.Array:
+    """RGB, 0 to 255, uint8 or float32 [b h w 3] -> (image * white / 255 - mean) / std, with zeros outside `size` [b 2].
 
     Padding is zero after normalising, not before, as in torchvision and detectron2: a network must not see an edge
     between the picture and a padding that is darker than any picture.
     """
-    x = (image.astype(jnp.float32) / 255 - jnp.array(mean)) / jnp.array(std)
+    x = image[..., :: ORDERS[pixels.order]].astype(jnp.float32) / (255 / pixels.white)
+    x = (x - jnp.array(pixels.mean)) / jnp.array(pixels.std)
     rows, columns = jnp.arange(image.shape[1]), jnp.arange(image.shape[2])
     inside = (rows < size[:, :1])[:, :, None] & (columns < size[:, 1:])[:, None, :]
     return jnp.where(inside[..., None], x, 0).astype(dtype)

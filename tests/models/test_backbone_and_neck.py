@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fpn_jax.models.backbones.resnet import ResNet
-from fpn_jax.models.layers import Conv, max_pool, normalize_pixels, upsample_nearest
+from fpn_jax.models.layers import Conv, Pixels, max_pool, normalize_pixels, upsample_nearest
 from fpn_jax.models.necks.fpn import FPN
 
 
@@ -124,11 +124,18 @@ def test_pixels_are_normalised_and_padding_is_zero():
     image = np.random.default_rng(0).integers(0, 256, (2, 4, 6, 3), np.uint8)
     size = np.array([[4, 6], [3, 2]], np.int32)
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
-    out = np.asarray(normalize_pixels(jnp.asarray(image), jnp.asarray(size), mean, std))
+    out = np.asarray(normalize_pixels(jnp.asarray(image), jnp.asarray(size), Pixels(mean=mean, std=std)))
     np.testing.assert_allclose(out[0], (image[0] / 255 - np.array(mean)) / std, atol=1e-5)
     np.testing.assert_allclose(out[1, :3, :2], (image[1, :3, :2] / 255 - np.array(mean)) / std, atol=1e-5)
     assert not out[1, 3:].any()
     assert not out[1, :, 2:].any()
+
+
+def test_detectron2s_pixels_are_bgr_from_0_to_255():
+    image = np.random.default_rng(0).integers(0, 256, (1, 4, 6, 3), np.uint8)
+    pixels = Pixels(order="bgr", white=255.0, mean=(103.53, 116.28, 123.675), std=(1.0, 1.0, 1.0))
+    out = np.asarray(normalize_pixels(jnp.asarray(image), jnp.array([[4, 6]]), pixels))
+    np.testing.assert_array_equal(out, image[..., ::-1].astype(np.float32) - np.float32(pixels.mean))
 
 
 def test_fpn_is_lateral_plus_upsampled_then_smoothed():

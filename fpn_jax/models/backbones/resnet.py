@@ -1,4 +1,4 @@
-"""ResNet (He et al., arXiv 1512.03385) as a bottom-up pathway: the last map of every stage is an output."""
+"""ResNet (He et al., arXiv 1512.03385) and ResNeXt (Xie et al., 1611.05431): the last map of a stage is an output."""
 
 from typing import Any
 
@@ -6,15 +6,21 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fpn_jax.models.layers import NORMS, Conv, he_fan_out, max_pool
+from fpn_jax.errors import UserError
+from fpn_jax.models.layers import conv_norm, max_pool
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
 
 class Block(nn.Module):
-    """A residual block: two 3x3 convolutions (basic) or 1x1, 3x3, 1x1 with four times the width at its end."""
+    """A residual block: two 3x3 convolutions (basic) or 1x1, 3x3, 1x1 with four times the width at its end.
+
+    `inner` are the channels of a bottleneck's 3x3, which works in `groups`.
+    """
 
     width: int
+    inner: int
+    groups: int
     stride: int
     bottleneck: bool
     stride_in_1x1: bool
@@ -24,20 +30,21 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        def conv_norm(x: jax.Array, name: str, features: int, kernel: int, stride: int = 1) -> jax.Array:
-            x = Conv(features, kernel, stride, False, he_fan_out, self.dtype, name=f"conv{name}")(x)
-            return NORMS[self.norm](eps=self.norm_eps, dtype=self.dtype, name=f"norm{name}")(x, train)
+        def layer(x: jax.Array, name: str, features: int, kernel: int, stride: int = 1, groups: int = 1) -> jax.Array:
+            names = f"conv{name}", f"norm{name}"
+            how = {"norm": self.norm, "eps": self.norm_eps, "dtype": self.dtype}
+            return conv_norm(x, names, features, kernel, train, stride=stride, groups=groups, **how)
 
         if self.bottleneck:
             first, second = (self.stride, 1) if self.stride_in_1x1 else (1, self.stride)
-            y = nn.relu(conv_norm(x, "1", self.width, 1, first))
-            y = nn.relu(conv_norm(y, "2", self.width, 3, second))
-            y = conv_norm(y, "3", 4 * self.width, 1)
+            y = nn.relu(layer(x, "1", self.inner, 1, first))
+            y = nn.relu(layer(y, "2", self.inner, 3, second, self.groups))
+            y = layer(y, "3", 4 * self.width, 1)
         else:
-            y = nn.relu(conv_norm(x, "1", self.width, 3, self.stride))
-            y = conv_norm(y, "2", self.width, 3)
+            y = nn.relu(layer(x, "1", self.width, 3, self.stride))
+            y = layer(y, "2", self.width, 3)
         if x.shape != y.shape:
-            x = conv_norm(x, "_shortcut", y.shape[-1], 1, self.stride)
+            x = layer(x, "_shortcut", y.shape[-1], 1, self.stride)
         return nn.relu(x + y)
 
 
@@ -48,6 +55,8 @@ class ResNet(nn.Module):
         depth: 18, 34 (basic blocks), 50, 101 or 152 (bottlenecks).
         blocks: blocks per stage, to build other sizes; None takes the depth's.
         width: channels of the stem and of the first stage; each stage doubles them.
+        groups, width_per_group: of a bottleneck's 3x3: 1 and 64 are ResNet, 32 and 8 are ResNeXt "32x8d", which has
+            32 groups of 8 channels each in its first stage (at width 64).
         norm: "frozen_bn", "bn" or "gn".
         stride_in_1x1: where a bottleneck strides: False, the 3x3 (torchvision); True, the first 1x1 (the original).
         frozen_stages: how many of stem, stage 2, stage 3 ... are not trained. Detectors that start from ImageNet
@@ -57,6 +66,8 @@ class ResNet(nn.Module):
     depth: int = 50
     blocks: tuple[int, ...] | None = None
     width: int = 64
+    groups: int = 1
+    width_per_group: int = 64
     norm: str = "frozen_bn"
     norm_eps: float = 1e-5
     stride_in_1x1: bool = False
@@ -71,14 +82,19 @@ class ResNet(nn.Module):
         def live(stage: int) -> bool:
             return train and stage > self.frozen_stages  # a frozen stage's batch norms stay as they are, too
 
-        x = Conv(self.width, 7, 2, False, he_fan_out, self.dtype, name="stem_conv")(x)
-        x = NORMS[self.norm](eps=self.norm_eps, dtype=self.dtype, name="stem_norm")(x, live(1))
+        how = {"norm": self.norm, "eps": self.norm_eps, "dtype": self.dtype}
+        x = conv_norm(x, ("stem_conv", "stem_norm"), self.width, 7, live(1), stride=2, **how)
         x = freeze(max_pool(nn.relu(x), 3, 2), 1)
         features = {}
+        if self.groups > 1 and self.depth < 50:
+            raise UserError("model.backbone.groups needs bottlenecks; set model.backbone.depth to 50, 101 or 152")
         for level, blocks in enumerate(self.blocks or BLOCKS[self.depth], start=2):
+            width = self.width * 2 ** (level - 2)
             for i in range(blocks):
                 x = Block(
-                    width=self.width * 2 ** (level - 2),
+                    width=width,
+                    inner=width * self.width_per_group // 64 * self.groups,
+                    groups=self.groups,
                     stride=2 if level > 2 and i == 0 else 1,
                     bottleneck=self.depth >= 50,
                     stride_in_1x1=self.stride_in_1x1,

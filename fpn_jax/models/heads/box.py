@@ -8,7 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from fpn_jax.models.layers import lecun_uniform
+from fpn_jax.models.layers import conv_norm, lecun_uniform
 from fpn_jax.ops import boxes as box_ops
 from fpn_jax.ops.losses import smooth_l1, softmax_ce
 from fpn_jax.ops.matching import BELOW, match
@@ -25,6 +25,7 @@ class BoxSettings:
     levels: tuple[int, ...] = (2, 3, 4, 5)  # of the pyramid that RoIs are read from
     k0: int = 4  # level of an RoI whose area is canonical_size**2 (paper, equation 1)
     canonical_size: float = 224.0
+    level_eps: float = 1e-6  # added before rounding down to the level; detectron2: 0
     pooled_size: int = 7
     sampling_ratio: int = 2  # points per bin and axis
     aligned: bool = False  # True shifts by half a pixel, as detectron2 does
@@ -39,7 +40,7 @@ class BoxSettings:
     score_threshold: float = 0.05
     nms_iou: float = 0.5
     detections: int = 100
-    min_size: float = 1e-2  # pixels; detectron2: 0
+    min_size: float = 1e-2  # pixels; detectron2: larger than 0
 
     @property
     def first_class(self) -> int:
@@ -60,25 +61,40 @@ class SampledRoIs(NamedTuple):
 class BoxHead(nn.Module):
     """RoI features [b r h w c] -> (class logits [b r k+1], deltas [b r s 4]), both float32.
 
-    Two fully connected layers with ReLU. With background first s is k + 1 (slot 0 is never used, but torchvision's
-    weights have it); with background last s is k.
+    `convs` 3x3 convolutions, then `fcs` fully connected layers, each with ReLU: 0 and 2 in the paper, 4 and 1 in
+    torchvision's v2 models. With background first s is k + 1 (slot 0 is never used, but torchvision's weights have
+    it); with background last s is k.
+
+    Attributes:
+        channels: of the fully connected layers; conv_channels: of the convolutions.
+        norm: of the convolutions: "none" (then they have a bias), "frozen_bn", "bn" or "gn".
     """
 
     num_classes: int
     background: str = "first"
     channels: int = 1024
+    fcs: int = 2
+    convs: int = 0
+    conv_channels: int = 256
+    norm: str = "none"
+    norm_eps: float = 1e-5
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        x = x.reshape(*x.shape[:2], -1)
-        for name in ("fc1", "fc2"):
-            x = nn.relu(nn.Dense(self.channels, dtype=self.dtype, kernel_init=lecun_uniform, name=name)(x))
+    def __call__(self, x: jax.Array, train: bool = False) -> tuple[jax.Array, jax.Array]:
+        b, r = x.shape[:2]
+        x = x.reshape(b * r, *x.shape[2:])
+        how = {"norm": self.norm, "eps": self.norm_eps, "dtype": self.dtype}
+        for i in range(1, self.convs + 1):
+            x = nn.relu(conv_norm(x, (f"conv{i}", f"norm{i}"), self.conv_channels, 3, train, **how))
+        x = x.reshape(b, r, -1)
+        for i in range(1, self.fcs + 1):
+            x = nn.relu(nn.Dense(self.channels, dtype=self.dtype, kernel_init=lecun_uniform, name=f"fc{i}")(x))
         slots = self.num_classes + (self.background == "first")
         small = nn.initializers.normal
         logits = nn.Dense(self.num_classes + 1, dtype=self.dtype, kernel_init=small(0.01), name="classes")(x)
         deltas = nn.Dense(4 * slots, dtype=self.dtype, kernel_init=small(0.001), name="deltas")(x)
-        return logits.astype(jnp.float32), deltas.reshape(*x.shape[:2], slots, 4).astype(jnp.float32)
+        return logits.astype(jnp.float32), deltas.reshape(b, r, slots, 4).astype(jnp.float32)
 
 
 def roi_features(settings: BoxSettings, pyramid: Mapping[int, jax.Array], boxes: jax.Array) -> jax.Array:
@@ -91,6 +107,7 @@ def roi_features(settings: BoxSettings, pyramid: Mapping[int, jax.Array], boxes:
         aligned=settings.aligned,
         k0=settings.k0,
         canonical=settings.canonical_size,
+        eps=settings.level_eps,
     )
 
 

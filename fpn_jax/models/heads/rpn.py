@@ -41,13 +41,15 @@ class RPNSettings:
     positive_fraction: float = 0.5
     sampling: str = "random"  # "first": the first in index order, to compare implementations
     beta: float = 1 / 9  # of smooth L1; detectron2: 0
+    normalizer: str = "sampled"  # both losses are divided by the anchors drawn; detectron2: "nominal", b * samples
     delta_weights: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)
     pre_nms_train: int = 2000  # per level
     pre_nms_test: int = 1000
     post_nms_train: int = 2000  # per image, all levels together
     post_nms_test: int = 1000
     nms_iou: float = 0.7
-    min_size: float = 1e-3  # pixels; detectron2: 0
+    min_size: float = 1e-3  # pixels; detectron2: larger than 0
+    score_threshold: float = 0.0  # of proposals; torchvision's MobileNet detectors: 0.05
 
 
 class Proposals(NamedTuple):
@@ -59,26 +61,28 @@ class Proposals(NamedTuple):
 
 
 class RPNHead(nn.Module):
-    """{l: P_l} -> {l: logits [b r]}, {l: deltas [b r 4]}: a 3x3 convolution and two 1x1, shared by all levels.
+    """{l: P_l} -> {l: logits [b r]}, {l: deltas [b r 4]}: `convs` 3x3 convolutions and two 1x1, shared by all levels.
 
-    r runs over rows, columns, anchors of the cell. Attributes: anchors per cell; channels of the 3x3 (None: those of
-    the level).
+    r runs over rows, columns, anchors of the cell. Attributes: anchors per cell; convs, 1 in the paper and 2 in
+    torchvision's v2 models, with as many channels as the levels have.
     """
 
     anchors: int
-    channels: int | None = None
+    convs: int = 1
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, pyramid: Mapping[int, jax.Array]) -> tuple[dict[int, jax.Array], dict[int, jax.Array]]:
         init = nn.initializers.normal(0.01)
-        width = self.channels or next(iter(pyramid.values())).shape[-1]
-        conv = Conv(width, 3, kernel_init=init, dtype=self.dtype, name="conv")
+        width = next(iter(pyramid.values())).shape[-1]
+        names = ["conv", *(f"conv{i}" for i in range(2, self.convs + 1))]
+        convs = [Conv(width, 3, kernel_init=init, dtype=self.dtype, name=name) for name in names]
         objectness = Conv(self.anchors, 1, kernel_init=init, dtype=self.dtype, name="objectness")
         deltas = Conv(4 * self.anchors, 1, kernel_init=init, dtype=self.dtype, name="deltas")
         all_logits, all_deltas = {}, {}
         for level, x in pyramid.items():
-            x = nn.relu(conv(x))
+            for conv in convs:
+                x = nn.relu(conv(x))
             b = x.shape[0]
             all_logits[level] = objectness(x).reshape(b, -1).astype(jnp.float32)
             all_deltas[level] = deltas(x).reshape(b, -1, 4).astype(jnp.float32)
@@ -128,7 +132,8 @@ def rpn_losses(
     valid: jax.Array,
     keys: jax.Array,
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """Objectness and box losses over the sampled anchors of the whole batch: both sums divided by their number.
+    """Objectness and box losses over the sampled anchors of the whole batch, both sums divided by their number (see
+    `RPNSettings.normalizer`).
 
     logits [b r], deltas [b r 4], anchors [r 4] (all levels, one after another), boxes [b m 4], valid [b m],
     keys [b]. Returns (losses, statistics). Source: Faster R-CNN, equation 1; normalisers as torchvision's.
@@ -148,7 +153,7 @@ def rpn_losses(
         )
 
     bce, box, drawn, positive = (x.sum() for x in jax.vmap(image_terms)(logits, deltas, boxes, valid, keys))
-    count = jnp.maximum(drawn, 1)
+    count = {"sampled": jnp.maximum(drawn, 1), "nominal": logits.shape[0] * settings.samples}[settings.normalizer]
     losses = {"rpn_objectness": bce / count, "rpn_box": box / count}
     return losses, {"rpn_positives": positive / logits.shape[0]}
 
@@ -173,7 +178,8 @@ def propose(
         logits, best = jax.lax.top_k(logits, min(before, logits.shape[0]))
         boxes = box_ops.decode(deltas[best], jnp.asarray(anchors)[best], settings.delta_weights)
         boxes = box_ops.clip(boxes, size)
-        keep = nms(boxes, logits, box_ops.is_larger(boxes, settings.min_size), settings.nms_iou)
+        good = box_ops.is_larger(boxes, settings.min_size) & (jax.nn.sigmoid(logits) >= settings.score_threshold)
+        keep = nms(boxes, logits, good, settings.nms_iou)
         return boxes, jnp.where(keep, logits, -jnp.inf)
 
     def image_proposals(logits, deltas, size):
