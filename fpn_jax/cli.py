@@ -60,8 +60,9 @@ def _fail(error: object) -> None:
 
 def _parse_flags(argv: list[str]) -> list[str]:
     """absl's parsing, with its errors as one line that names the nearest right key."""
-    config = _load_config(argv)
-    if config is not None:
+    given = [a.removeprefix("--config=") for a in argv if a.startswith("--config=")]
+    if given:
+        config = load_config(given[-1])
         for argument in argv[1:]:
             match = re.match(r"--(?:no)?config\.([\w.]+)", argument)
             if match and (trouble := _unknown_key(config, match[1])):
@@ -76,14 +77,11 @@ def _parse_flags(argv: list[str]) -> list[str]:
         raise UserError(f"{error}; give a value of the same type as in the config file") from None
 
 
-def _load_config(argv: list[str]) -> ConfigDict | None:
-    """The --config of the command line without its overrides; None where there is none."""
-    given = [a.removeprefix("--config=") for a in argv if a.startswith("--config=")]
-    if not given:
-        return None
-    path = Path(given[-1].split(":")[0])
+def load_config(given: str) -> ConfigDict:
+    """The config of a file FILE.py[:ARGUMENT], as its get_config makes it. Raises `UserError` if that fails."""
+    path = Path(given.split(":")[0])
     if not path.is_file() or path.suffix != ".py":
-        raise UserError(f"--config={given[-1]}: there is no such .py file; see the experiments/ folder for some")
+        raise UserError(f"--config={given}: there is no such .py file; see the experiments/ folder for some")
     # Experiments import the one they differ from as `experiments.NAME`, from whatever folder the command was started.
     for parent in path.resolve().parents:
         if parent.name == "experiments" and str(parent.parent) not in sys.path:
@@ -92,11 +90,10 @@ def _load_config(argv: list[str]) -> ConfigDict | None:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        argument = given[-1].split(":")[1:]
-        return module.get_config(*argument)
+        return module.get_config(*given.split(":")[1:])
     except Exception as error:
         where = f"{type(error).__name__}: {error}"
-        raise UserError(f"--config={given[-1]} cannot be loaded ({where}); it must define get_config()") from error
+        raise UserError(f"--config={given} cannot be loaded ({where}); it must define get_config()") from error
 
 
 def _unknown_key(config: ConfigDict, key: str) -> str | None:

@@ -2,18 +2,23 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 
+from fpn_jax.data.class_lists import class_list
 from fpn_jax.data.datasets import Split, open_split
 from fpn_jax.data.pipeline import PipelineOptions, default_buckets
 from fpn_jax.errors import UserError
 from fpn_jax.models import build_detector
 from fpn_jax.models.faster_rcnn import FasterRCNN
+from fpn_jax.training import checkpoint
 from fpn_jax.training.state import init_variables
+from fpn_jax.weights import files, loader, names, published
 
 STRIDE = 32  # of C5: sides that are no multiples of it would shift the top-down pathway against the bottom-up one
 
@@ -23,7 +28,7 @@ class Classes:
     """What the labels 0 .. k-1 mean, so that a workdir can be used without its data set."""
 
     names: list[str]
-    category_ids: list[int]  # the data set's own numbers, which go into results
+    category_ids: list[int]  # the data set's own numbers, or the class list's, which go into results
 
     def write(self, workdir: str) -> None:
         """Keep them in WORKDIR/classes.json."""
@@ -59,6 +64,7 @@ def pipeline_options(config: ml_collections.ConfigDict) -> PipelineOptions:
         flip=data.flip,
         rounding=data.rounding,
         interpolation=data.interpolation,
+        pixels=data.get("pixels", "uint8"),  # not there in workdirs of before there was a choice
         max_objects=data.max_objects or None,
         skip_empty=data.skip_empty,
         num_threads=data.num_threads,
@@ -67,8 +73,14 @@ def pipeline_options(config: ml_collections.ConfigDict) -> PipelineOptions:
 
 
 def open_data(config: ml_collections.ConfigDict, split: str) -> Split:
-    """One split of `config.data.dataset`."""
-    return open_split(config.data.data_dir, config.data.dataset, split)
+    """One split of `config.data.dataset`, with the labels of the list `config.data.classes` if that names one.
+
+    Raises `UserError` if there is no such list, or the data set has classes that are not in it.
+    """
+    name = config.data.get("classes", "")  # not there in workdirs of before there was a choice
+    classes = class_list(name) if name else None  # an unknown name is told before the data is opened
+    opened = open_split(config.data.data_dir, config.data.dataset, split)
+    return opened.with_classes(classes.names, classes.category_ids) if classes else opened
 
 
 def check_classes(classes: Classes, split: Split, workdir: str) -> None:
@@ -84,6 +96,38 @@ def check_classes(classes: Classes, split: Split, workdir: str) -> None:
 def make_detector(config: ml_collections.ConfigDict, classes: Classes) -> FasterRCNN:
     """The detector of `config.model` for these classes."""
     return build_detector(config.model, len(classes.names))
+
+
+def read_weights(address: str) -> dict[str, np.ndarray]:
+    """The arrays, by their names there, of a file, an address that `published.fetch` knows, or the best of a workdir.
+
+    A workdir's are named as the paths of our variables. Raises `UserError` if there is nothing readable.
+    """
+    if "://" not in address and (Path(address) / "config.json").exists():
+        with checkpoint.Checkpoints(address) as checkpoints:
+            variables, _ = checkpoints.saved_weights("best")
+        return {"/".join(path): np.asarray(x) for path, x in names.flatten(variables).items()}
+    return files.read_arrays(published.fetch(address))
+
+
+def load_weights(
+    config: ml_collections.ConfigDict,
+    variables: dict[str, Any],
+    address: str,
+    arrays: Mapping[str, np.ndarray] | None = None,
+) -> loader.Loaded:
+    """Put the weights of `address`, or those read from it, into variables like these.
+
+    `config.init_part` and `config.init_reset_classes` say which.
+    """
+    return loader.load(
+        variables,
+        read_weights(address) if arrays is None else arrays,
+        address,
+        config.model.box.pooled_size,
+        [part.strip() for part in config.init_part.split(",") if part.strip()],
+        config.init_reset_classes,
+    )
 
 
 def abstract_variables(detector: FasterRCNN, image_size: tuple[int, int], sharding: Any) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from fpn_jax import cli, common, evaluation, visualize
 from fpn_jax.data.datasets import Split
 from fpn_jax.data.pipeline import PipelineOptions, train_batches
 from fpn_jax.errors import UserError
+from fpn_jax.models.faster_rcnn import FasterRCNN
 from fpn_jax.scoring import detect_split, draw_split, score_split
 from fpn_jax.training import checkpoint, sharding
 from fpn_jax.training.logs import MetricLog
@@ -49,14 +50,13 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     options = common.pipeline_options(config)
     detector = common.make_detector(config, classes)
 
-    variables = init_variables(detector, options.buckets[0], config.seed)
-    schedule = make_schedule(config.optim, config.batch_size, config.num_steps)
-    optimizer = make_optimizer(config.optim, schedule, variables["params"], detector.frozen)
-    state = sharding.put_replicated(mesh, make_state(variables, optimizer, config.ema_decay))
-    train_step = make_train_step(detector, optimizer, schedule, config.seed, config.accumulate, config.ema_decay)
-
     claim = checkpoint.claim_workdir(workdir, config) if rank == 0 else contextlib.nullcontext()
     with claim, checkpoint.Checkpoints(workdir) as checkpoints:
+        variables, origin = _starting_weights(config, detector, options.buckets[0], mesh, checkpoints)
+        schedule = make_schedule(config.optim, config.batch_size, config.num_steps)
+        optimizer = make_optimizer(config.optim, schedule, variables["params"], detector.frozen)
+        state = sharding.put_replicated(mesh, make_state(variables, optimizer, config.ema_decay))
+        train_step = make_train_step(detector, optimizer, schedule, config.seed, config.accumulate, config.ema_decay)
         position = _position(config, train_split)
         if found := checkpoints.restore(state):
             state, saved_position = found
@@ -69,6 +69,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
             classes.write(workdir)
         with MetricLog(workdir, config.num_steps, first, enabled=rank == 0) as log:
             log.message(_describe(state, mesh, train_split, options, first))
+            if origin:
+                log.message(origin)
             run = _Run(config, workdir, mesh, eval_split, options, make_detect(detector), checkpoints, log)
             metrics = _finished(workdir) if first >= config.num_steps else None
             for step, host in zip(range(first + 1, config.num_steps + 1), batches, strict=False):
@@ -117,7 +119,8 @@ class _Run:
         shown = "  ".join(f"{name} {metrics[name] or 0:.3f}" for name in ("AP", "AP50", "AP75", "AR100"))
         self.log.message(f"step {step}, {len(self.eval_split)} images of {self.eval_split.split}: {shown}")
         best = self.checkpoints.best_metrics()
-        if best is None or (metrics["AP"] or 0.0) > best["AP"]:
+        # Weights that were converted have not been scored: AP None.
+        if best is None or best["AP"] is None or (metrics["AP"] or 0.0) > best["AP"]:
             self.checkpoints.save_best(state, {"AP": metrics["AP"] or 0.0})
         if last and sharding.process()[0] == 0:
             self._conclude(results)
@@ -143,6 +146,29 @@ class _Run:
         folder = Path(self.workdir)
         visualize.curves(folder / "metrics.jsonl", folder / "curves.png")
         shutil.copyfile(folder / "eval" / self.eval_split.split / "metrics.json", folder / "metrics.json")
+
+
+def _starting_weights(
+    config: ml_collections.ConfigDict,
+    detector: FasterRCNN,
+    image_size: tuple[int, int],
+    mesh: Any,
+    checkpoints: checkpoint.Checkpoints,
+) -> tuple[dict[str, Any], str]:
+    """(variables of step 0, a line that says where they are from, "" if they are random or a checkpoint replaces them).
+
+    What `fpn_jax.convert` has put into the workdir goes before `config.init_from`.
+    """
+    variables = init_variables(detector, image_size, config.seed)
+    if checkpoints.latest_step is not None:
+        return variables, ""
+    if checkpoints.best_step == 0:
+        like = sharding.put_replicated(mesh, variables)
+        return checkpoints.restore_weights(like, "best")[0], f"weights: those in {checkpoints.workdir}/best/0"
+    if config.init_from:
+        loaded = common.load_weights(config, variables, config.init_from)
+        return loaded.variables, f"weights: {config.init_from}, {loaded.describe()}"
+    return variables, ""
 
 
 def _position(config: ml_collections.ConfigDict, split: Split) -> dict[str, Any]:

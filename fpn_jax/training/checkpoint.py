@@ -51,6 +51,11 @@ class Checkpoints:
         step = int(state.step)
         self._guarded(self._best, lambda: self._best.save(step, args=ocp.args.Composite(**items), force=True))
 
+    @property
+    def best_step(self) -> int | None:
+        """Optimizer steps of the best weights; 0 if they were put there by `fpn_jax.convert`, None without any."""
+        return self._best.latest_step()
+
     def best_metrics(self) -> dict[str, float] | None:
         """What `save_best` was last given, None without a best."""
         step = self._best.latest_step()
@@ -83,12 +88,7 @@ class Checkpoints:
         "best" falls back to the latest where no evaluation has chosen one. The averaged weights are taken where the
         run kept an average.
         """
-        if which not in ("best", "latest"):
-            raise UserError(f"--checkpoint={which}: choose best or latest")
-        manager = self._best if which == "best" and self._best.latest_step() is not None else self._latest
-        step = manager.latest_step()
-        if step is None:
-            raise UserError(f"{self.workdir}: there is no checkpoint; train there first, or give another --workdir")
+        manager, step = self._chosen(which)
         has_average = bool(self._saved(manager, step, "weights").get("ema_params"))
         target = _shapes(
             {
@@ -119,6 +119,25 @@ class Checkpoints:
         finally:
             self._latest.close()
             self._best.close()
+
+    def saved_weights(self, which: str) -> tuple[dict[str, Any], int]:
+        """As `restore_weights`, of whatever architecture they are, on this process's first device."""
+        saved = self._saved(*self._chosen(which), "weights")
+        place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        like = {
+            name: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), saved[name])
+            for name in ("params", "batch_stats")
+        }
+        return self.restore_weights(like, which)
+
+    def _chosen(self, which: str) -> tuple[ocp.CheckpointManager, int]:
+        if which not in ("best", "latest"):
+            raise UserError(f"--checkpoint={which}: choose best or latest")
+        manager = self._best if which == "best" and self._best.latest_step() is not None else self._latest
+        step = manager.latest_step()
+        if step is None:
+            raise UserError(f"{self.workdir}: there is no checkpoint; train there first, or give another --workdir")
+        return manager, step
 
     def _guarded(self, manager: ocp.CheckpointManager, action: Any) -> None:
         """Run a save; a failure to write, also of the save before, is a `UserError` naming the last good step."""

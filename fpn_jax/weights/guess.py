@@ -1,0 +1,74 @@
+"""Which experiment a file of weights belongs to, read off its names and shapes."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fpn_jax.errors import UserError
+from fpn_jax.models.backbones.resnet import BLOCKS
+from fpn_jax.weights import names
+
+# Format -> the experiment, below experiments/.
+EXPERIMENTS = {
+    "torchvision Faster R-CNN v2, ResNet-FPN": "torchvision/fasterrcnn_resnet50_fpn_v2.py",
+    "torchvision Faster R-CNN, ResNet-FPN": "torchvision/fasterrcnn_resnet50_fpn.py",
+    "torchvision Faster R-CNN, MobileNetV3-Large-FPN": "torchvision/fasterrcnn_mobilenet_v3_large_fpn.py",
+    "detectron2 ResNet-FPN": "detectron2/faster_rcnn_R_50_FPN_1x.py",
+}
+SMALL_MOBILENET = "torchvision/fasterrcnn_mobilenet_v3_large_320_fpn.py"  # tells itself by its file's name alone
+# What the weights do not tell: torchvision sets eps 0 for this one file, by its published name.
+_EPS_ZERO = re.compile(r"fasterrcnn_resnet50_fpn(_coco-258fb6c6\.pth|/COCO_V1)$")
+
+
+def experiment(arrays: Mapping[str, np.ndarray], file: str) -> tuple[str, dict[str, Any], list[str]]:
+    """(experiment below experiments/, changes {dotted key: value} to it, remarks for the user) for a detector's file.
+
+    Raises `UserError` for a backbone's file, which can be part of any detector.
+    """
+    format = names.recognise(arrays, file)
+    if format.name not in EXPERIMENTS:
+        raise UserError(
+            f"{file}: a {format.name} is no whole detector; say with --config= which one it is to be part of"
+        )
+    chosen, changes, remarks = EXPERIMENTS[format.name], {}, []
+    if "MobileNet" in format.name:
+        if "320" in Path(file).name:
+            chosen = SMALL_MOBILENET
+        return chosen, changes, remarks
+    today = names.renamed(arrays, format)
+    shapes = {name: arrays[stored].shape for name, stored in today.items()}
+    prefix = "backbone.body.layer{}.{}" if format.framework == "torchvision" else "backbone.bottom_up.res{}.{}"
+    first = 1 if format.framework == "torchvision" else 2
+    changes |= _resnet(shapes, prefix, first, file)
+    if chosen.endswith("fasterrcnn_resnet50_fpn.py") and not _EPS_ZERO.search(file):
+        changes["model.backbone.norm_eps"] = 1e-5
+        remarks.append("batch norms with eps 1e-5, as torchvision's builders have; only its own COCO_V1 file wants 0")
+    if format.framework == "detectron2":
+        is_msra = changes.get("model.backbone.groups", 1) == 1
+        changes["model.backbone.stride_in_1x1"] = is_msra
+        if not is_msra:
+            changes["model.pixels.std"] = (57.375, 57.120, 58.395)
+        where = (
+            "first 1x1 convolution, as with MSRA's weights" if is_msra else "3x3 convolution, as with FAIR's ResNeXt"
+        )
+        remarks.append(f"bottlenecks stride in the {where}; the file does not tell")
+    return chosen, changes, remarks
+
+
+def _resnet(shapes: Mapping[str, tuple[int, ...]], prefix: str, first: int, file: str) -> dict[str, Any]:
+    def count(stage: int) -> int:
+        return sum(f"{prefix.format(stage, i)}.conv1.weight" in shapes for i in range(64))
+
+    blocks = tuple(count(first + i) for i in range(4))
+    deep = f"{prefix.format(first, 0)}.conv3.weight" in shapes
+    depths = [depth for depth, known in BLOCKS.items() if known == blocks and (depth >= 50) == deep]
+    if not depths:
+        raise UserError(f"{file}: a ResNet with {blocks} blocks is none of the usual; say with --config= what it is")
+    out, of_group = shapes[f"{prefix.format(first, 0)}.conv2.weight"][:2]
+    changes = {"model.backbone.depth": depths[0]}
+    if deep and of_group != out:
+        changes |= {"model.backbone.groups": out // of_group, "model.backbone.width_per_group": of_group}
+    return changes

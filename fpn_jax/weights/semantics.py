@@ -1,0 +1,131 @@
+"""What a framework's detector can be told to do, and what it always does: whether a config of ours is one of its own.
+
+Weights that load but score lower are worse than a refusal, so `check` names the first key that does not fit.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fpn_jax.errors import UserError
+from fpn_jax.models.backbones.resnet import BLOCKS
+
+# Dotted key of `config.model` -> the value that the framework has built in.
+FIXED = {
+    "torchvision": {
+        "pixels.order": "rgb",
+        "pixels.white": 1.0,
+        "backbone.stride_in_1x1": False,
+        "rpn.anchor_rounding": True,
+        "rpn.anchor_order": "ratio_major",
+        "rpn.anchor_stride": "image",
+        "rpn.delta_weights": (1.0, 1.0, 1.0, 1.0),
+        "rpn.min_size": 1e-3,
+        "box.background": "first",
+        "box.aligned": False,
+        "box.level_eps": 1e-6,
+        "box.min_size": 1e-2,
+    },
+    "detectron2": {
+        "pixels.white": 255.0,
+        "rpn.anchor_rounding": False,
+        "rpn.anchor_order": "size_major",
+        "rpn.anchor_stride": "level",
+        "box.background": "last",
+        "box.level_eps": 0.0,
+    },
+    "fpn_jax": {},
+}
+_WIDTH = 64  # of the first stage of every torchvision ResNet
+
+
+def check(model: Mapping[str, Any], framework: str) -> None:
+    """Raise a `UserError` naming the key of `config.model` in which the framework's detectors differ."""
+    for key, wanted in FIXED[framework].items():
+        part, _, name = key.partition(".")
+        value = model.get(part, {}).get(name, wanted)
+        if _plain(value) != _plain(wanted):
+            raise UserError(
+                f"model.{key} is {_plain(value)!r}, and {framework} has {wanted!r}: its detector would score otherwise "
+                "with these weights; train with that value, or export with other --names"
+            )
+
+
+def torchvision_code(config: Mapping[str, Any], num_slots: int, file: str) -> str:
+    """Python that builds torchvision's detector of this config and loads `file` into it, strictly.
+
+    num_slots: classes with the background. Raises `UserError` if its builders have no such backbone.
+    """
+    model, data = config["model"], config["data"]
+    rpn, box, backbone = model["rpn"], model["box"], model["backbone"]
+    norm = "FrozenBatchNorm2d" if backbone["norm"] == "frozen_bn" else "torch.nn.BatchNorm2d"
+    body, extractor = _mobilenet(backbone, norm) if backbone["name"] == "mobilenet_v3" else _resnet(backbone, norm)
+    neck_norm = "" if model["neck"].get("norm", "none") == "none" else ", norm_layer=torch.nn.BatchNorm2d"
+    maps = [str(i) for i in range(len(box["levels"]))]
+    channels, size = model["neck"]["channels"], box["pooled_size"]
+    head = model["box_head"]
+    if head.get("convs"):
+        convs, fcs = [head["conv_channels"]] * head["convs"], [head["channels"]] * head["fcs"]
+        box_head = f"FastRCNNConvFCHead(({channels}, {size}, {size}), {convs}, {fcs}, norm_layer=torch.nn.BatchNorm2d)"
+    else:
+        box_head = f"TwoMLPHead({channels * size**2}, {head['channels']})"
+    sizes, anchors = _plain(rpn["sizes"]), len(rpn["sizes"][0]) * len(rpn["ratios"])
+    return f"""import torch
+from torchvision.models import mobilenet_v3_large
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.rpn import RPNHead
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
+
+body = {body}
+model = FasterRCNN(
+    BackboneWithFPN(body, {extractor}, {channels}{neck_norm}),
+    min_size={data["shorter"][-1]}, max_size={data["longest"]},
+    image_mean={list(model["pixels"]["mean"])}, image_std={list(model["pixels"]["std"])},
+    rpn_anchor_generator=AnchorGenerator({sizes}, ({_plain(rpn["ratios"])},) * {len(sizes)}),
+    rpn_head=RPNHead({channels}, {anchors}, conv_depth={model["rpn_head"]["convs"]}),
+    rpn_pre_nms_top_n_train={rpn["pre_nms_train"]}, rpn_pre_nms_top_n_test={rpn["pre_nms_test"]},
+    rpn_post_nms_top_n_train={rpn["post_nms_train"]}, rpn_post_nms_top_n_test={rpn["post_nms_test"]},
+    rpn_nms_thresh={rpn["nms_iou"]}, rpn_score_thresh={rpn["score_threshold"]},
+    box_roi_pool=MultiScaleRoIAlign(
+        {maps}, {size}, {box["sampling_ratio"] or -1},
+        canonical_scale={box["canonical_size"]}, canonical_level={box["k0"]},
+    ),
+    box_head={box_head},
+    box_predictor=FastRCNNPredictor({head["channels"]}, {num_slots}),
+    box_score_thresh={box["score_threshold"]}, box_nms_thresh={box["nms_iou"]},
+    box_detections_per_img={box["detections"]}, bbox_reg_weights={_plain(box["delta_weights"])},
+)
+for module in model.backbone.body.modules():
+    if isinstance(module, (FrozenBatchNorm2d, torch.nn.BatchNorm2d)):
+        module.eps = {backbone["norm_eps"]}
+model.load_state_dict(torch.load({file!r}, weights_only=True), strict=True)
+model.eval()
+"""
+
+
+def _resnet(backbone: Mapping[str, Any], norm: str) -> tuple[str, str]:
+    if backbone["width"] != _WIDTH:
+        raise UserError(f"model.backbone.width is {backbone['width']}: torchvision's ResNet has {_WIDTH} and no other")
+    deep = backbone["depth"] >= 50
+    block, growth = ("Bottleneck", 4) if deep else ("BasicBlock", 1)
+    blocks = list(backbone.get("blocks") or BLOCKS[backbone["depth"]])
+    groups = ""
+    if backbone.get("groups", 1) > 1:
+        groups = f", groups={backbone['groups']}, width_per_group={backbone['width_per_group']}"
+    layers = {f"layer{i}": str(i - 1) for i in range(1, 5)}
+    channels = [_WIDTH * growth * 2**i for i in range(4)]
+    return f"ResNet({block}, {blocks}{groups}, norm_layer={norm})", f"{layers}, {channels}"
+
+
+def _mobilenet(backbone: Mapping[str, Any], norm: str) -> tuple[str, str]:
+    if tuple(backbone["levels"]) != (5, 6):
+        raise UserError(f"model.backbone.levels is {backbone['levels']}: torchvision's detector takes (5, 6)")
+    layers = {"13": "0", "16": "1"}
+    return f"mobilenet_v3_large(norm_layer={norm}).features", f"{layers}, [160, 960]"
+
+
+def _plain(value: Any) -> Any:
+    return tuple(_plain(v) for v in value) if isinstance(value, list | tuple) else value
