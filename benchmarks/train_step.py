@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 
 from fpn_jax import cli, common
 from fpn_jax.training import sharding
@@ -26,8 +25,8 @@ from fpn_jax.training.step import make_train_step
 from fpn_jax.types import Batch
 
 _CONFIG = cli.config_flag()
-_STEPS = flags.DEFINE_integer("steps", 10, "Timed steps, after two for warming up; the median is reported.")
-_CLASSES = flags.DEFINE_integer("classes", 80, "Classes of the detector.")
+_STEPS = cli.flag("steps", int, 10, "Timed steps, after two for warming up; the median is reported.")
+_CLASSES = cli.flag("classes", int, 80, "Classes of the detector.")
 
 # Dense bf16 FLOP/s of one device, from the vendors' data sheets; others are measured by a large matrix product.
 PEAK = {

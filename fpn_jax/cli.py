@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -42,7 +43,23 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 
 def config_flag() -> flags.FlagHolder:
     """Define --config=FILE.py with overrides --config.some.key=value; the values are locked to the file's keys."""
+    if "config" in flags.FLAGS:
+        return flags.FlagHolder(flags.FLAGS, flags.FLAGS["config"])
     return config_flags.DEFINE_config_file("config", None, "Experiment file, see experiments/.", lock_config=True)
+
+
+def flag(name: str, kind: type, default: Any, text: str) -> flags.FlagHolder:
+    """Define --name=; kind is str, int, float, bool or list. Entry points that are imported together may share one."""
+    if name in flags.FLAGS:
+        return flags.FlagHolder(flags.FLAGS, flags.FLAGS[name])
+    define = {
+        str: flags.DEFINE_string,
+        int: flags.DEFINE_integer,
+        float: flags.DEFINE_float,
+        bool: flags.DEFINE_bool,
+        list: flags.DEFINE_list,
+    }
+    return define[kind](name, default, text)
 
 
 def check_required(**values: object) -> None:

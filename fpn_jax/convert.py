@@ -11,7 +11,6 @@ from pathlib import Path
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from absl import flags
 
 from fpn_jax import cli, common
 from fpn_jax.data.class_lists import class_list
@@ -22,13 +21,13 @@ from fpn_jax.types import TrainState
 from fpn_jax.weights import files, guess, loader, names, semantics
 
 _CONFIG = cli.config_flag()
-_FROM = flags.DEFINE_string("from", None, "File, workdir, torchvision://NAME/WEIGHTS or detectron2://... to read.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder to put the weights in, or with --to= to take them from.")
-_TO = flags.DEFINE_string("to", None, "File to write, .pth or .safetensors.")
-_PART = flags.DEFINE_string("part", "", "Parts to take over, such as backbone or backbone,neck; by default all.")
-_RESET = flags.DEFINE_bool("reset_classes", False, "Start the class layers anew, for other classes than the file's.")
-_NAMES = flags.DEFINE_string("names", "torchvision", "Whose names to write: torchvision, detectron2 or fpn_jax.")
-_CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "Which weights to write: best (of the evaluations) or latest.")
+_FROM = cli.flag("from", str, None, "File, workdir, torchvision://NAME/WEIGHTS or detectron2://... to read.")
+_WORKDIR = cli.flag("workdir", str, None, "Folder to put the weights in, or with --to= to take them from.")
+_TO = cli.flag("to", str, None, "File to write, .pth or .safetensors.")
+_PART = cli.flag("part", str, "", "Parts to take over, such as backbone or backbone,neck; by default all.")
+_RESET = cli.flag("reset_classes", bool, False, "Start the class layers anew, for other classes than the file's.")
+_NAMES = cli.flag("names", str, "torchvision", "Whose names to write: torchvision, detectron2 or fpn_jax.")
+_CHECKPOINT = cli.flag("checkpoint", str, "best", "Which weights to write: best (of the evaluations) or latest.")
 
 
 def convert_in(config: ml_collections.ConfigDict | None, address: str, workdir: str) -> list[str]:

@@ -11,7 +11,6 @@ from typing import Any
 
 import cv2
 import numpy as np
-from absl import flags
 from tqdm import tqdm
 
 from fpn_jax import cli, common, evaluation, visualize
@@ -21,10 +20,10 @@ from fpn_jax.errors import UserError
 from fpn_jax.training import checkpoint, sharding
 from fpn_jax.training.step import make_detect
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the training run.")
-_OUTPUT = flags.DEFINE_string("output", None, "Folder for the annotated pictures and detections.json.")
-_THRESHOLD = flags.DEFINE_float("threshold", 0.5, "Boxes below this score are not drawn; the JSON has them all.")
-_CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "Which weights: best (of the evaluations) or latest.")
+_WORKDIR = cli.flag("workdir", str, None, "Folder of the training run.")
+_OUTPUT = cli.flag("output", str, None, "Folder for the annotated pictures and detections.json.")
+_THRESHOLD = cli.flag("threshold", float, 0.5, "Boxes below this score are not drawn; the JSON has them all.")
+_CHECKPOINT = cli.flag("checkpoint", str, "best", "Which weights: best (of the evaluations) or latest.")
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 

@@ -7,16 +7,16 @@ images in images/SPLIT, SPLIT, images or beside the annotations.
 
 from collections.abc import Sequence
 
-from absl import flags, logging
+from absl import logging
 
 from fpn_jax import cli
 from fpn_jax.data.preparation import Prepared, prepare
 
-_SOURCE = flags.DEFINE_string("source", None, "scenes, coco/2017 or a COCO-format folder.")
-_DATA_DIR = flags.DEFINE_string("data_dir", "data", "Folder of all prepared data sets.")
-_NAME = flags.DEFINE_string("name", None, "Name of the data set; by default the source's.")
-_COCO_URL = flags.DEFINE_string("coco_url", None, "A mirror of http://images.cocodataset.org.")
-_DOWNLOAD_DIR = flags.DEFINE_string("download_dir", None, "Where archives are kept; by default DATA_DIR/downloads.")
+_SOURCE = cli.flag("source", str, None, "scenes, coco/2017 or a COCO-format folder.")
+_DATA_DIR = cli.flag("data_dir", str, "data", "Folder of all prepared data sets.")
+_NAME = cli.flag("name", str, None, "Name of the data set; by default the source's.")
+_COCO_URL = cli.flag("coco_url", str, None, "A mirror of http://images.cocodataset.org.")
+_DOWNLOAD_DIR = cli.flag("download_dir", str, None, "Where archives are kept; by default DATA_DIR/downloads.")
 
 
 def main(argv: Sequence[str]) -> None:

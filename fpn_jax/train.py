@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import ml_collections
-from absl import flags
 
 from fpn_jax import cli, common, evaluation, visualize
 from fpn_jax.data.datasets import Split
@@ -31,7 +30,7 @@ from fpn_jax.training.step import make_detect, make_train_step
 from fpn_jax.types import TrainState
 
 _CONFIG = cli.config_flag()
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and scores; a run there continues.")
+_WORKDIR = cli.flag("workdir", str, None, "Folder for checkpoints, metrics and scores; a run there continues.")
 
 
 def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:

@@ -16,7 +16,6 @@ import jax
 import numpy as np
 import torch
 import torchvision
-from absl import flags
 
 from benchmarks.parity import compare, ours, theirs, weights
 from fpn_jax import cli
@@ -28,10 +27,10 @@ from fpn_jax.models import build_detector
 from fpn_jax.training.state import init_variables
 from fpn_jax.weights import guess, loader, names
 
-_MODELS = flags.DEFINE_list("models", list(theirs.MODELS), "Which models to compare.")
-_SHORTER = flags.DEFINE_integer("shorter", 256, "Pixels of the shorter side; the longest is 5/3 of it.")
-_OUTPUT = flags.DEFINE_string("output", None, "JSON file for the figures.")
-_TRAIN = flags.DEFINE_bool("train", True, "Also compare the training pass.")
+_MODELS = cli.flag("models", list, list(theirs.MODELS), "Which models to compare.")
+_SHORTER = cli.flag("shorter", int, 256, "Pixels of the shorter side; the longest is 5/3 of it.")
+_OUTPUT = cli.flag("output", str, None, "JSON file for the figures.")
+_TRAIN = cli.flag("train", bool, True, "Also compare the training pass.")
 
 COLUMNS = {
     "maps": "C and P maps",

@@ -33,9 +33,12 @@ class Loaded:
         """One line for the log."""
         text = f"{self.count} arrays of a {self.format.name}"
         if self.fresh:
-            modules = list(dict.fromkeys("/".join(name.split("/")[1:3]) for name in self.fresh))
-            more = f" and {len(modules) - _SHOWN} more" if len(modules) > _SHOWN else ""
-            text += f"; new, with random values: {', '.join(modules[:_SHOWN])}{more}"
+            taken = {"/".join(path) for path in names.flatten(self.variables)} - set(self.fresh)
+            parts = {name.split("/")[1] for name in taken}  # a part of which nothing was taken is named as a whole
+            modules = [name.split("/")[1:3] for name in self.fresh]
+            new = list(dict.fromkeys("/".join(m) if m[0] in parts else m[0] for m in modules))
+            more = f" and {len(new) - _SHOWN} more" if len(new) > _SHOWN else ""
+            text += f"; new, with random values: {', '.join(new[:_SHOWN])}{more}"
         return text
 
 

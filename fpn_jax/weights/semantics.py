@@ -15,6 +15,7 @@ FIXED = {
         "pixels.order": "rgb",
         "pixels.white": 1.0,
         "backbone.stride_in_1x1": False,
+        "neck.extra_level": True,
         "rpn.anchor_rounding": True,
         "rpn.anchor_order": "ratio_major",
         "rpn.anchor_stride": "image",

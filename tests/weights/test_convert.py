@@ -1,0 +1,179 @@
+"""Weights by the commands: fetched, put into a workdir, evaluated, trained from and written out again."""
+
+import functools
+import hashlib
+import json
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import jax
+import numpy as np
+import pytest
+
+from fpn_jax import common, evaluate, train
+from fpn_jax.convert import convert_in, convert_out
+from fpn_jax.errors import UserError
+from fpn_jax.models import build_detector
+from fpn_jax.training import checkpoint
+from fpn_jax.training.state import init_variables
+from fpn_jax.weights import files, loader, names, published, semantics
+
+
+@pytest.fixture
+def config(tiny_config, scenes_dir):
+    """A small detector of the eight classes of the scenes, whose training moves nothing."""
+    tiny_config.data.data_dir = str(scenes_dir)
+    tiny_config.model.backbone.norm = "frozen_bn"
+    tiny_config.update(num_steps=1, checkpoint_every=1, eval_every=0, pictures=0, ema_decay=0.0)
+    tiny_config.optim.update(name="sgd", learning_rate=0.0)
+    return tiny_config
+
+
+@pytest.fixture
+def arrays(config):
+    """Its weights under torchvision's names: other ones than a run of this seed starts from."""
+    detector = build_detector(config.model, 8)
+    shapes = jax.eval_shape(lambda: init_variables(detector, (64, 64), 0))
+    rng = np.random.default_rng(1)
+    variables = jax.tree.map(lambda x: rng.uniform(0.01, 0.1, x.shape).astype(np.float32), shapes)
+    return loader.export(variables, "torchvision", 7)
+
+
+@pytest.fixture
+def file(tmp_path, arrays):
+    path = tmp_path / "weights.pth"
+    files.write_arrays(path, arrays)
+    return str(path)
+
+
+def weights_of(workdir, which="best"):
+    with checkpoint.Checkpoints(str(workdir)) as checkpoints:
+        return checkpoints.saved_weights(which)[0]
+
+
+def assert_has(variables, arrays):
+    back = loader.export(variables, "torchvision", 7)
+    assert back.keys() == arrays.keys()
+    for name, array in back.items():
+        np.testing.assert_array_equal(array, arrays[name], name)
+
+
+def test_in_evaluated_trained_and_out(tmp_path, config, arrays, file):
+    workdir = str(tmp_path / "run")
+    lines = convert_in(config, file, workdir)
+    assert lines[0].endswith(f"weights.pth: {len(arrays)} arrays of a torchvision Faster R-CNN, ResNet-FPN")
+    assert_has(weights_of(workdir), arrays)
+    names_there = json.loads((tmp_path / "run" / "classes.json").read_text())["names"]
+    assert len(names_there) == 8
+    with pytest.raises(UserError, match=r"--workdir=.*/run: there are weights in it already; give another folder"):
+        convert_in(config, file, workdir)
+
+    # Training there starts from them: with a rate of 0 they are the same afterwards.
+    metrics = train.train(config, workdir)
+    assert_has(weights_of(workdir, "latest"), arrays)
+    assert np.isfinite(metrics["AP"])
+    with checkpoint.Checkpoints(workdir) as checkpoints:
+        assert checkpoints.best_step == 1  # what was converted had no score to beat
+
+    # The demo's width is no torchvision ResNet's, and the message says which key is in the way.
+    with pytest.raises(UserError, match=r"model\.backbone\.width is 4: torchvision's ResNet has 64 and no other"):
+        convert_out(workdir, str(tmp_path / "out.pth"), "torchvision", "best")
+    with pytest.raises(UserError, match=r"model\.pixels\.white is 1\.0, and detectron2 has 255\.0"):
+        convert_out(workdir, str(tmp_path / "out.pth"), "detectron2", "best")
+    out = str(tmp_path / "out.safetensors")
+    convert_out(workdir, out, "fpn_jax", "best")
+    again = loader.load(weights_of(workdir), files.read_arrays(out), out, 7)
+    assert_has(again.variables, arrays)
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_init_from_a_file(tmp_path, config, arrays, file, reset):
+    config.init_from = file
+    config.init_reset_classes = reset
+    train.train(config, str(tmp_path / "run"))
+    found = loader.export(weights_of(tmp_path / "run", "latest"), "torchvision", 7)
+    for name, array in arrays.items():
+        assert np.array_equal(found[name], array) != (reset and "box_predictor" in name), name
+
+
+def test_init_from_a_part_of_a_workdir(tmp_path, config, arrays, file):
+    convert_in(config, file, str(tmp_path / "first"))
+    config.init_from = str(tmp_path / "first")
+    config.init_part = "backbone, neck"
+    train.train(config, str(tmp_path / "second"))
+    found = loader.export(weights_of(tmp_path / "second", "latest"), "torchvision", 7)
+    for name, array in arrays.items():
+        assert np.array_equal(found[name], array) == name.startswith("backbone."), name
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        del args
+
+
+def test_published_weights_from_the_address_to_the_score(tmp_path, config, file, monkeypatch):
+    served = tmp_path / "served"
+    served.mkdir()
+    content = (tmp_path / "weights.pth").read_bytes()
+    name = f"tiny-{hashlib.sha256(content).hexdigest()[:8]}.pth"
+    (served / name).write_bytes(content)
+    handler = functools.partial(Quiet, directory=str(served))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setitem(published.BASES, "torchvision", f"http://127.0.0.1:{server.server_port}/")
+        monkeypatch.setitem(published.TORCHVISION, "tiny/V1", published.Published(name))
+        monkeypatch.setenv(published.CACHE_VARIABLE, str(tmp_path / "cache"))
+        convert_in(config, "torchvision://tiny/V1", str(tmp_path / "run"))
+        server.shutdown()
+    metrics = evaluate.evaluate(str(tmp_path / "run"), None, "best", 0, None)
+    assert metrics["num_images"] == 5
+    assert (tmp_path / "run/eval/val/detections.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda data: data[: len(data) // 2], r"weights\.pth: "),
+        (lambda data: b"\x80\x02cos\nsystem\n(X\x04\x00\x00\x00trueatR.", r"weights\.pth: .*system"),
+        (lambda data: b"<html>404</html>", r"weights\.pth: "),
+    ],
+)
+def test_a_spoiled_file_leaves_no_half_loaded_model(tmp_path, config, file, spoil, message):
+    path = tmp_path / "weights.pth"
+    path.write_bytes(spoil(path.read_bytes()))
+    with pytest.raises(UserError, match=message) as caught:
+        convert_in(config, file, str(tmp_path / "run"))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_half_precision_weights_become_float32(tmp_path, config, arrays):
+    path = str(tmp_path / "half.safetensors")
+    files.write_arrays(path, {name: array.astype(np.float16) for name, array in arrays.items()})
+    convert_in(config, path, str(tmp_path / "run"))
+    assert_has(weights_of(tmp_path / "run"), {name: np.float32(np.float16(x)) for name, x in arrays.items()})
+
+
+def test_another_number_of_classes(tmp_path, config, file):
+    config.data.classes = "coco_80"
+    with pytest.raises(
+        UserError, match=r"has 9 class slots .*, the list coco_80 81; give --config= .* --reset_classes"
+    ):
+        convert_in(config, file, str(tmp_path / "run"))
+    config.init_reset_classes = True
+    lines = convert_in(config, file, str(tmp_path / "run"))
+    assert "new, with random values: box_head/classes, box_head/deltas" in lines[0]
+    config.data.classes, config.data.dataset, config.init_reset_classes = "", "nowhere", False
+    lines = convert_in(config, file, str(tmp_path / "numbers"))
+    assert any("called by their numbers, 1 to 8" in line for line in lines)
+    assert common.Classes.read(str(tmp_path / "numbers")).category_ids == list(range(1, 9))
+
+
+def test_the_code_for_torchvision_names_what_it_cannot_do():
+    from experiments.detectron2.faster_rcnn_R_50_FPN_1x import get_config
+
+    config = get_config()
+    with pytest.raises(UserError, match=r"model\.pixels\.order is 'bgr', and torchvision has 'rgb'"):
+        semantics.check(config.model, "torchvision")
+    semantics.check(config.model, "detectron2")
+    assert {*semantics.FIXED} == {*names.frameworks()}
