@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torchvision
 
-from benchmarks.parity import compare, ours, theirs, weights
+from benchmarks.parity import cases, compare, ours, theirs, weights
 from fpn_jax import cli
 from fpn_jax.data.pipeline import PipelineOptions, image_batch
 from fpn_jax.data.transforms import resize_boxes
@@ -25,10 +25,11 @@ from fpn_jax.errors import UserError
 from fpn_jax.evaluation import to_original
 from fpn_jax.models import build_detector
 from fpn_jax.training.state import init_variables
-from fpn_jax.weights import guess, loader, names
+from fpn_jax.weights import loader, names
 
 _MODELS = cli.flag("models", list, list(theirs.MODELS), "Which models to compare.")
 _SHORTER = cli.flag("shorter", int, 256, "Pixels of the shorter side; the longest is 5/3 of it.")
+_STORE = cli.flag("store", str, None, "Folder for torchvision's results, small enough for tests/data/parity.")
 _OUTPUT = cli.flag("output", str, None, "JSON file for the figures.")
 _TRAIN = cli.flag("train", bool, True, "Also compare the training pass.")
 
@@ -38,6 +39,7 @@ COLUMNS = {
     "roi": "RoI features, class logits, deltas",
     "proposals": "proposals unmatched",
     "detections": "detections unmatched",
+    "themselves": "theirs in float64",
     "boxes": "boxes, px",
     "scores": "scores",
     "losses": "losses",
@@ -46,49 +48,22 @@ COLUMNS = {
 }
 
 
-def images(seed: int = 0) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
-    """Two images uint8 [h w 3] of blobs at all scales, with boxes [m 4] in pixels and labels [m] from 1."""
-    rng = np.random.default_rng(seed)
-    pictures, boxes, labels = [], [], []
-    for height, width in ((240, 320), (220, 260)):
-        total = np.zeros((height, width, 3))
-        for cells in (2, 4, 8, 16, 32, 64):
-            coarse = rng.normal(size=(cells, cells, 3))
-            rows, columns = (np.arange(n) * cells // n for n in (height, width))
-            total += coarse[rows][:, columns]
-        pictures.append(np.clip(128 + 40 * total, 0, 255).astype(np.uint8))
-        sides = np.exp(rng.uniform(np.log(12), np.log(160), (4, 2)))
-        corners = rng.uniform(size=(4, 2)) * (np.array([width, height]) - sides)
-        boxes.append(np.concatenate([corners, corners + sides], 1).astype(np.float32))
-        labels.append(rng.integers(1, theirs.SLOTS, 4))
-    return pictures, boxes, labels
-
-
-def config_for(case: dict[str, Any], shorter: int, longest: int) -> Any:
-    """The experiment that the names lead to, with the case's sizes, everything trained, samples in index order."""
-    arrays = {name: np.broadcast_to(np.float32(0), shape) for name, shape in case["shapes"].items()}
-    experiment, changes, _ = guess.experiment(arrays, case["arch"])
-    config = cli.load_config(str(Path(__file__).parents[2] / "experiments" / experiment))
-    config.update_from_flattened_dict(changes)
-    config.data.shorter, config.data.longest = (shorter,), longest
-    config.model.backbone.frozen_stages = 0
-    config.model.rpn.sampling = config.model.box.sampling = "first"
-    return config
-
-
 def run(name: str, shorter: int, train: bool) -> dict[str, float]:
     """The row of one model."""
     longest = shorter * 5 // 3
-    pictures, boxes, labels = images()
+    pictures, boxes, labels = cases.images()
     model, case = theirs.build(name, shorter, longest, pictures)
-    config = config_for(case, shorter, longest)
-    detector = build_detector(config.model, theirs.SLOTS - 1)
+    config = cases.config_for(case, shorter, longest)
+    detector = build_detector(config.model, cases.SLOTS - 1)
     shapes = jax.eval_shape(lambda: init_variables(detector, (64, 64), 0))
     arrays = weights.state_dict(case)
     variables = loader.load(shapes, arrays, name, config.model.box.pooled_size).variables
     rois = [np.concatenate([b, b * 0.7 + 5, [[0, 0, 600, 600], [3, 3, 3.5, 4]]]).astype(np.float32) for b in boxes]
     levels = list(config.model.rpn.levels)
     expected = theirs.inference(model, pictures, rois, levels)
+
+    if _STORE.value:
+        store(Path(_STORE.value), case | {"shorter": shorter, "longest": longest}, expected, rois)
 
     options = PipelineOptions((shorter,), longest, (expected["batch"].shape[2:],), pixels="float32")
     host = image_batch(pictures, options)
@@ -119,6 +94,16 @@ def run(name: str, shorter: int, train: bool) -> dict[str, float]:
         "boxes": max(x.boxes for x in detections),
         "scores": max(x.scores for x in detections),
     }
+    # How much of it is rounding: torchvision's own detections in float64 against those in float32.
+    exact = theirs.inference(model.double(), pictures, rois, levels)
+    model.float()
+    own = [
+        compare.match_boxes(
+            *(tuple(x[f"out/{k}{i}"] for k in ("boxes", "scores", "labels")) for x in (expected, exact))
+        )
+        for i in range(len(pictures))
+    ]
+    row |= {"themselves": sum(x.unmatched for x in own), "themselves_of": sum(x.pairs for x in own)}
     if train:
         row |= _training_row(detector, variables, case, model, host, pictures, boxes, labels)
     return row
@@ -145,6 +130,19 @@ def _training_row(detector, variables, case, model, host, pictures, boxes, label
             for key in grads
         ),
     }
+
+
+def store(folder: Path, case: dict[str, Any], expected: dict[str, np.ndarray], rois: list[np.ndarray]) -> None:
+    """What a test without torchvision compares with: of every map its channels' means and deviations."""
+    kept = {key: x for key, x in expected.items() if key.startswith(("out/", "rpn/proposals", "roi/class", "roi/box"))}
+    for key, x in expected.items():
+        if key.startswith(("body/", "fpn/")):
+            kept |= {f"{key}.mean": x.mean((2, 3)), f"{key}.std": x.std((2, 3))}
+    kept |= {"rois": np.stack(rois), "hw": np.array(expected["batch"].shape[2:])}
+    name = case["arch"]
+    np.savez_compressed(folder / f"{name}.npz", **kept)
+    case["versions"] = f"torch {torch.__version__}, torchvision {torchvision.__version__}"
+    (folder / f"{name}.json").write_text(json.dumps(case, separators=(",", ":")) + "\n")
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:

@@ -17,6 +17,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from benchmarks.parity import weights
+from benchmarks.parity.cases import SLOTS
 
 MODELS = (
     "fasterrcnn_resnet50_fpn",
@@ -28,7 +29,6 @@ MODELS = (
     "fasterrcnn_mobilenet_v3_large_fpn",
     "fasterrcnn_mobilenet_v3_large_320_fpn",
 )
-SLOTS = 91
 # Spread of the outputs after scaling: about what trained detectors show.
 _SPREADS = {
     "rpn.head.cls_logits": 2.0,
@@ -88,7 +88,9 @@ def inference(model: torch.nn.Module, images: list[np.ndarray], rois: list[np.nd
     The last of the levels is the subsampled one.
     """
     model.eval()
-    batch, _ = model.transform([_pixels(image) for image in images])
+    dtype = next(model.parameters()).dtype
+    tensors = [_pixels(image).to(dtype) for image in images]
+    batch, _ = model.transform(tensors)
     bottom_up = model.backbone.body(batch.tensors)
     pyramid = model.backbone(batch.tensors)
     result = {"batch": batch.tensors, "sizes": torch.tensor(batch.image_sizes)}
@@ -99,10 +101,10 @@ def inference(model: torch.nn.Module, images: list[np.ndarray], rois: list[np.nd
     result |= {f"rpn/delta_P{level}": x for level, x in zip(levels, deltas, strict=True)}
     for i, boxes in enumerate(model.rpn(batch, pyramid)[0]):
         result[f"rpn/proposals{i}"] = boxes
-    pooled = model.roi_heads.box_roi_pool(pyramid, [torch.from_numpy(x) for x in rois], batch.image_sizes)
+    pooled = model.roi_heads.box_roi_pool(pyramid, [torch.from_numpy(x).to(dtype) for x in rois], batch.image_sizes)
     class_logits, box_deltas = model.roi_heads.box_predictor(model.roi_heads.box_head(pooled))
     result |= {"roi/align_fixed": pooled, "roi/class_logits_fixed": class_logits, "roi/box_deltas_fixed": box_deltas}
-    for i, found in enumerate(model([_pixels(image) for image in images])):
+    for i, found in enumerate(model(tensors)):
         result |= {f"out/{key}{i}": found[key] for key in ("boxes", "scores", "labels")}
     return {key: x.numpy() for key, x in result.items()}
 

@@ -35,7 +35,6 @@ def get_config() -> ml_collections.ConfigDict:
         post_nms_train=1000,
         min_size=POSITIVE,
     )
-    config.model.box.update(
-        background="last", aligned=True, sampling_ratio=0, level_eps=0.0, beta=0.0, min_size=POSITIVE
-    )
+    config.model.box.update(background="last", aligned=True, sampling_ratio=0, level_eps=0.0, beta=0.0, min_size=0.0)
+    config.optim.decay_norms_and_biases = True  # its norms are not trained, its biases are
     return config

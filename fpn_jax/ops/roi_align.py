@@ -4,8 +4,9 @@ Both read their RoIs from one table of cells, so that a RoI costs the same whate
 flow to the features only, as in torchvision and detectron2: the RoIs are constants.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import jax
@@ -14,8 +15,9 @@ import numpy as np
 
 from fpn_jax.ops.boxes import area
 
-# The gradient is scattered in so many pieces. On a CPU a piece then stays in the cache (four times as fast as all at
-# once, and one piece for each RoI is no faster); on an accelerator the memory for a gigabyte of updates is saved.
+# The gradient is scattered in so many pieces, and RoIs of unlike sizes are sorted into so many. On a CPU a piece then
+# stays in the cache (four times as fast as all at once, and one piece for each RoI is no faster); on an accelerator the
+# memory for a gigabyte of updates is saved.
 PIECES = 32
 
 
@@ -49,13 +51,15 @@ def roi_align(
     rois [r 4] in pixels; scale: cells per pixel. Each RoI is cut into size x size bins; a bin's value is the mean of
     sampling_ratio x sampling_ratio points on a regular grid in it, bilinearly interpolated. A point more than one
     cell outside the map counts as 0, one nearer takes the border's value. sampling_ratio 0 (or below) is adaptive:
-    ceil(side of the bin in cells) points along each axis, different for each RoI. That is slow, since all RoIs wait
-    for the largest, which must be finite. aligned False (torchvision's models) stretches RoIs to at least one cell;
-    True (detectron2's) shifts them by half a cell, so that a cell's value sits at its centre.
+    ceil(side of the bin in cells) points along each axis, different for each RoI; RoIs must then be finite.
+    aligned False (torchvision's models) stretches RoIs to at least one cell; True (detectron2's) shifts them by half a
+    cell, so that a cell's value sits at its centre.
     """
     h, w, c = feature.shape
     table = _Table(*(jnp.full(rois.shape[0], x, jnp.int32) for x in (0, h, w)), jnp.float32(scale))
-    return _align(feature.reshape(h * w, c), _points(rois, table, size, sampling_ratio, aligned), size, sampling_ratio)
+    axes = _points(rois, table, size, sampling_ratio, aligned)
+    cells = jnp.asarray(feature).reshape(1, h * w, c)
+    return _align_images(cells, jax.tree.map(lambda x: x[None], axes), size, sampling_ratio)[0]
 
 
 def multilevel_roi_align(
@@ -78,12 +82,19 @@ def multilevel_roi_align(
     scales = np.float32([2.0**-level for level in levels])
     cells = jnp.concatenate([x.reshape(x.shape[0], -1, x.shape[-1]) for x in map(pyramid.get, levels)], axis=1)
 
-    def one_image(cells, rois):
+    def points(rois):
         position = _position(rois, levels, k0, canonical, eps)
         table = _Table(*(jnp.asarray(x)[position] for x in (starts, heights, widths, scales)))
-        return _align(cells, _points(rois, table, size, sampling_ratio, aligned), size, sampling_ratio)
+        return _points(rois, table, size, sampling_ratio, aligned)
 
-    return jax.vmap(one_image)(cells, rois)
+    return _align_images(cells, jax.vmap(points)(rois), size, sampling_ratio)
+
+
+def _align_images(cells: jax.Array, axes: "tuple[_Axis, _Axis]", size: int, sampling_ratio: int) -> jax.Array:
+    """cells [b n c], points of r RoIs in each image -> [b r size size c]."""
+    if sampling_ratio > 0:
+        return jax.vmap(lambda cells, axes: _align(cells, axes, size, sampling_ratio))(cells, axes)
+    return _align_adaptive(cells, axes, size)
 
 
 class _Table(NamedTuple):
@@ -123,8 +134,12 @@ def _points(rois: jax.Array, table: _Table, size: int, sampling_ratio: int, alig
 
 
 def _neighbours(axis: _Axis, point: int | jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-    """The two cells beside the point-th point of each bin: rows of the table int32 [r size 2], weights [r size 2]."""
+    """The two cells beside the point-th point of each bin: rows of the table int32 [r size 2], weights [r size 2].
+
+    point: one number for all RoIs, or one of each [r].
+    """
     start, side, points, length, stride, offset = (x[:, None] for x in axis)
+    point = jnp.reshape(point, (-1, 1))
     at = start + jnp.arange(size, dtype=jnp.float32) * side + (point + 0.5) * side / jnp.maximum(points, 1)
     counts = (at >= -1) & (at <= length) & (point < points)
     at = jnp.where(counts, jnp.clip(at, 0, length - 1), 0)  # also where `at` is NaN: the cells must be in the table
@@ -145,28 +160,25 @@ def _taps(axes: tuple[_Axis, _Axis], y: int | jax.Array, x: int | jax.Array, siz
     return tuple(jnp.moveaxis(v.reshape(r, size, size, 4), -1, 0) for v in (cells, weights))
 
 
-def _for_each_point(axes: tuple[_Axis, _Axis], sampling_ratio: int, body: Callable[..., Any], state: Any) -> Any:
-    """state = body(y, x, state) for the points of a bin, row by row."""
-    if sampling_ratio > 0:
-        for y in range(sampling_ratio):
-            for x in range(sampling_ratio):
-                state = body(y, x, state)
-        return state
-    rows, columns = (jnp.max(axis.points, initial=0).astype(jnp.int32) for axis in axes)
-    return jax.lax.fori_loop(0, rows, lambda y, state: jax.lax.fori_loop(0, columns, partial(body, y), state), state)
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _align(cells: jax.Array, axes: tuple[_Axis, _Axis], size: int, sampling_ratio: int) -> jax.Array:
     """cells [n c], points of r RoIs -> [r size size c], summed in float32."""
-
-    def add_point(y, x, out):
-        for index, weight in zip(*_taps(axes, y, x, size), strict=True):
-            out += weight[..., None] * cells[index].astype(jnp.float32)
-        return out
-
     out = jnp.zeros((axes[0].start.shape[0], size, size, cells.shape[1]), jnp.float32)
-    return _for_each_point(axes, sampling_ratio, add_point, out).astype(cells.dtype)
+    for y, x in product(range(sampling_ratio), repeat=2):
+        out = _add_point(out, cells, axes, y, x)
+    return out.astype(cells.dtype)
+
+
+def _add_point(out: jax.Array, cells: jax.Array, axes: tuple[_Axis, _Axis], y: Any, x: Any) -> jax.Array:
+    for index, weight in zip(*_taps(axes, y, x, out.shape[1]), strict=True):
+        out += weight[..., None] * cells[index].astype(jnp.float32)
+    return out
+
+
+def _scatter_point(total: jax.Array, gradient: jax.Array, axes: tuple[_Axis, _Axis], y: Any, x: Any) -> jax.Array:
+    """Add what point (y, x) of each bin passes back, gradient [r size size c], to total [n c]."""
+    index, weight = _taps(axes, y, x, gradient.shape[1])
+    return total.at[index].add(weight[..., None] * gradient, mode="promise_in_bounds")
 
 
 def _align_forward(cells, axes, size, sampling_ratio):
@@ -175,21 +187,17 @@ def _align_forward(cells, axes, size, sampling_ratio):
 
 def _align_backward(size, sampling_ratio, residual, gradient):
     cells, axes = residual
-    r = gradient.shape[0]
-    piece = max(-(-r // PIECES), 1)
-    pieces = -(-r // piece)
+    pieces, piece = _cut(gradient.shape[0])
 
     def cut(x):  # padding RoIs have no gradient to scatter
-        return jnp.pad(x, [(0, pieces * piece - r)] + [(0, 0)] * (x.ndim - 1)).reshape(pieces, piece, *x.shape[1:])
+        padding = [(0, pieces * piece - len(x))] + [(0, 0)] * (x.ndim - 1)
+        return jnp.pad(x, padding).reshape(pieces, piece, *x.shape[1:])
 
     def scatter_piece(total, inputs):
         axes, gradient = inputs
-
-        def scatter_point(y, x, total):
-            index, weight = _taps(axes, y, x, size)
-            return total.at[index].add(weight[..., None] * gradient, mode="promise_in_bounds")
-
-        return _for_each_point(axes, sampling_ratio, scatter_point, total), None
+        for y, x in product(range(sampling_ratio), repeat=2):
+            total = _scatter_point(total, gradient, axes, y, x)
+        return total, None
 
     inputs = jax.tree.map(cut, (axes, gradient.astype(jnp.float32)))
     total, _ = jax.lax.scan(scatter_piece, jnp.zeros(cells.shape, jnp.float32), inputs)
@@ -197,3 +205,89 @@ def _align_backward(size, sampling_ratio, residual, gradient):
 
 
 _align.defvjp(_align_forward, _align_backward)
+
+
+def _cut(r: int) -> tuple[int, int]:
+    """(number of pieces, RoIs in each) for r RoIs."""
+    piece = max(-(-r // PIECES), 1)
+    return -(-r // piece), piece
+
+
+class _Rounds(NamedTuple):
+    """The order in which RoIs of different numbers of points are worked through, one point of one piece a round.
+
+    A piece holds RoIs of about equally many points, so that few of them wait for others. All images take the same
+    rounds: under `vmap` a loop with a bound of each image's own would copy all that it carries in every round.
+    """
+
+    axes: tuple[_Axis, _Axis]  # of the RoIs, in pieces [b pieces piece]
+    source: jax.Array  # int32 [b pieces piece], the RoI at each place; r where there is none
+    place: jax.Array  # int32 [b r], where each RoI is, counted through the pieces
+    first: jax.Array  # int32 [pieces + 1], the round in which each piece begins, and the number of rounds
+
+
+def _rounds(axes: tuple[_Axis, _Axis]) -> _Rounds:
+    """axes: of [b r]."""
+    b, r = axes[0].start.shape
+    pieces, piece = _cut(r)
+    order = jnp.argsort(-axes[0].points * axes[1].points, axis=1, stable=True).astype(jnp.int32)
+
+    def cut(x, fill=0):
+        padding = ((0, 0), (0, pieces * piece - r))
+        return jnp.pad(x, padding, constant_values=fill).reshape(b, pieces, piece)
+
+    axes = jax.tree.map(lambda x: cut(jnp.take_along_axis(x, order, 1)), axes)
+    most = (axes[0].points * axes[1].points).max((0, 2)).astype(jnp.int32)
+    first = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(most, dtype=jnp.int32)])
+    return _Rounds(axes, cut(order, r), jnp.argsort(order, axis=1).astype(jnp.int32), first)
+
+
+def _align_adaptive(cells: jax.Array, axes: tuple[_Axis, _Axis], size: int) -> jax.Array:
+    """cells [b n c], points of r RoIs in each image, different ones for each -> [b r size size c]."""
+    b, r = axes[0].start.shape
+    if r == 0:
+        return jnp.zeros((b, 0, size, size, cells.shape[-1]), cells.dtype)
+    rounds = _rounds(axes)
+    batched = _Rounds(axes=0, source=0, place=0, first=None)
+    return jax.vmap(lambda cells, rounds: _align_rounds(cells, rounds, size), in_axes=(0, batched))(cells, rounds)
+
+
+def _round(rounds: _Rounds, t: jax.Array) -> tuple[jax.Array, tuple[_Axis, _Axis], jax.Array, jax.Array]:
+    """What round t does: (piece, its axes, row and column [piece] of the point in the bin of each RoI)."""
+    piece = jnp.searchsorted(rounds.first, t, side="right") - 1
+    axes = jax.tree.map(lambda x: x[piece], rounds.axes)
+    columns = jnp.maximum(axes[1].points, 1).astype(jnp.int32)
+    point = t - rounds.first[piece]
+    return piece, axes, point // columns, point % columns  # a row beyond a RoI's own weighs nothing
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _align_rounds(cells: jax.Array, rounds: _Rounds, size: int) -> jax.Array:
+    """As `_align`, for RoIs in pieces."""
+
+    def add(t, out):
+        piece, axes, y, x = _round(rounds, t)
+        return out.at[piece].set(_add_point(out[piece], cells, axes, y, x))
+
+    out = jnp.zeros((*rounds.source.shape, size, size, cells.shape[1]), jnp.float32)
+    out = jax.lax.fori_loop(0, rounds.first[-1], add, out)
+    return out.reshape(-1, *out.shape[2:])[rounds.place].astype(cells.dtype)
+
+
+def _rounds_forward(cells, rounds, size):
+    return _align_rounds(cells, rounds, size), (cells, rounds)
+
+
+def _rounds_backward(size, residual, gradient):
+    cells, rounds = residual
+    gradient = jnp.pad(gradient.astype(jnp.float32), ((0, 1), (0, 0), (0, 0), (0, 0)))  # no RoI, no gradient
+
+    def scatter(t, total):
+        piece, axes, y, x = _round(rounds, t)
+        return _scatter_point(total, gradient[rounds.source[piece]], axes, y, x)
+
+    total = jax.lax.fori_loop(0, rounds.first[-1], scatter, jnp.zeros(cells.shape, jnp.float32))
+    return total.astype(cells.dtype), None
+
+
+_align_rounds.defvjp(_rounds_forward, _rounds_backward)

@@ -125,15 +125,20 @@ DETECTRON2_BOX = {
 # Constants that detectron2 keeps among the weights.
 DETECTRON2_IGNORED = (r"pixel_(mean|std)", r"proposal_generator\.anchor_generator\.cell_anchors\.\d+")
 # Detectron's ImageNet weights, which detectron2 starts from: one flat name each, batch norms folded to scale and shift.
+_CAFFE2_LEAVES = {
+    "w": "weight",
+    "b": "bias",
+    "bn_(?:s|gamma)": "norm.weight",
+    "bn_(?:b|beta)": "norm.bias",
+    "bn_(?:rm|running_mean)": "norm.running_mean",
+    "bn_(?:riv|running_var)": "norm.running_var",
+}
 DETECTRON1_RENAMED = {
-    r"conv1_w": "stem.conv1.weight",
-    r"conv1_b": "stem.conv1.bias",
-    r"res_conv1_bn_s": "stem.conv1.norm.weight",
-    r"res_conv1_bn_b": "stem.conv1.norm.bias",
+    **{rf"(?:res_)?conv1_{leaf}": f"stem.conv1.{name}" for leaf, name in _CAFFE2_LEAVES.items()},
     **{
         rf"res(\d)_(\d+)_branch{theirs}_{leaf}": rf"res\1.\2.{ours}.{name}"
         for theirs, ours in {"2a": "conv1", "2b": "conv2", "2c": "conv3", "1": "shortcut"}.items()
-        for leaf, name in {"w": "weight", "bn_s": "norm.weight", "bn_b": "norm.bias"}.items()
+        for leaf, name in _CAFFE2_LEAVES.items()
     },
 }
 
@@ -204,7 +209,13 @@ FORMATS = (
         "detectron2 ResNet",
         ("stem.conv1.weight", "res2.0.conv1.weight"),
         _prefixed(DETECTRON2_RESNET, "backbone/", ""),
-        (r"stem\.fc\..*", r"fc1000[._].*", r".*_momentum", r"conv1_b", r"stem\.conv1\.bias"),
+        (
+            r"stem\.fc\..*",
+            r"(fc1000|pred)[._].*",
+            r".*_momentum",
+            r"(stem|res\d\.\d+)\.(conv\d|shortcut)\.bias",
+            COUNTERS,
+        ),
         DETECTRON1_RENAMED,
         statistics=(0.0, 1.0 - 1e-5),  # so that with eps 1e-5 the norm is its scale and shift alone, as there
     ),

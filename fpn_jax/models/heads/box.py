@@ -40,7 +40,7 @@ class BoxSettings:
     score_threshold: float = 0.05
     nms_iou: float = 0.5
     detections: int = 100
-    min_size: float = 1e-2  # pixels; detectron2: larger than 0
+    min_size: float = 1e-2  # pixels, before the best are chosen; detectron2: 0
 
     @property
     def first_class(self) -> int:
@@ -198,6 +198,7 @@ def detect(
         classes = jnp.broadcast_to(jnp.arange(num_classes, dtype=jnp.int32), scores.shape)
         boxes, scores, classes, good = boxes.reshape(-1, 4), scores.ravel(), classes.ravel(), good.ravel()
         index, valid = nms_top(boxes, scores, good, settings.nms_iou, settings.detections, classes)
+        valid &= box_ops.area(boxes[index]) > 0  # with min_size 0 empty ones take places, as detectron2 has it
         return Detections(
             boxes=jnp.where(valid[:, None], boxes[index], 0),
             scores=jnp.where(valid, scores[index], 0),
