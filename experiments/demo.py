@@ -3,7 +3,7 @@
     python -m fpn_jax.prepare --source=scenes --data_dir=data
     python -m fpn_jax.train --config=experiments/demo.py --workdir=runs/demo
 
-Measured on 2 shared Xeon cores (as two CPU devices, see the Makefile): 6 min 45 s, AP50 0.765, AP 0.513 on `val`.
+MEASURED
 """
 
 import ml_collections
@@ -15,8 +15,8 @@ def get_config() -> ml_collections.ConfigDict:
     """Everything narrower than the base, batch norm, and Adam: minutes on two CPU cores."""
     config = base()
     config.batch_size = 8
-    config.num_steps = 700
-    config.eval_every = 350
+    config.num_steps = 750
+    config.eval_every = 375
     config.checkpoint_every = 100
     config.eval_batch_size = 8
     config.ema_decay = 0.99
@@ -43,7 +43,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.box.positive_fraction = 0.5  # the classes are what takes longest to learn
 
     config.optim.name = "adamw"
-    config.optim.learning_rate = 3e-3
+    config.optim.learning_rate = 5e-3
+    config.optim.adam_b2 = 0.99
     config.optim.base_batch_size = 0
     config.optim.warmup_steps = 50
     config.optim.schedule = "cosine"
