@@ -28,6 +28,8 @@ ROOMS = {
 }
 # Everything else in fpn_jax (cli, common, train, evaluate, ...) and benchmarks: the entry floor, imports anything.
 
+PEERS = ["benchmarks/parity/theirs.py", "benchmarks/parity/run.py", "tests/weights/test_live.py"]
+
 # Packages that only these files may import. Tests may, too, except for what is banned there.
 PACKAGES = {
     "orbax": ["fpn_jax/training/checkpoint.py"],
@@ -40,8 +42,8 @@ PACKAGES = {
     "safetensors": ["fpn_jax/weights/files.py"],
     "PIL": ["fpn_jax/data/transforms.py"],
     # Never required: torch's files are read with it where it is installed, and it is what we are compared with.
-    "torch": ["fpn_jax/weights/files.py", *(f"benchmarks/parity/{x}.py" for x in ("theirs", "run"))],
-    "torchvision": [f"benchmarks/parity/{x}.py" for x in ("theirs", "run")],
+    "torch": ["fpn_jax/weights/files.py", *PEERS],
+    "torchvision": PEERS,
 }
 BANNED_IN_TESTS = {"tensorflow", "torch", "torchvision"}
 # Names that only training/sharding.py may import or mention, however they are reached.

@@ -41,7 +41,7 @@ def test_a_killed_run_continues_with_the_same_losses(tmp_path, tiny_experiment):
     assert sorted(expected) == list(range(1, steps + 1))
 
     victim = subprocess.Popen(command(tiny_experiment, broken), cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not finished_checkpoints(broken) and time.monotonic() < deadline:
         time.sleep(0.01)
     victim.send_signal(signal.SIGKILL)
