@@ -16,6 +16,7 @@ from fpn_jax.errors import UserError
 
 _STATUS_USER_ERROR = 2  # as argparse and most Unix tools do
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
+_PATH_ERRORS = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOENT)
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
@@ -28,9 +29,12 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
         except UserError as error:
             _fail(error)
         except OSError as error:  # a full disk or a read-only folder is the user's to mend, too
-            if error.errno not in _DISK_ERRORS:
+            hint = "free some space or choose another folder"
+            if error.errno in _PATH_ERRORS and error.filename:
+                hint = "give another path"
+            elif error.errno not in _DISK_ERRORS:
                 raise
-            _fail(f"{error.filename or 'writing'}: {error.strerror}; free some space or choose another folder")
+            _fail(f"{error.filename or 'writing'}: {error.strerror}; {hint}")
         except KeyboardInterrupt:
             print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
             sys.exit(130)
@@ -59,7 +63,9 @@ def flag(name: str, kind: type, default: Any, text: str) -> flags.FlagHolder:
         bool: flags.DEFINE_bool,
         list: flags.DEFINE_list,
     }
-    return define[kind](name, default, text)
+    caller = sys._getframe(1).f_globals["__name__"]
+    # --help lists the flags of the program, which absl knows by its path.
+    return define[kind](name, default, text, module_name=sys.argv[0] if caller == "__main__" else caller)
 
 
 def check_required(**values: object) -> None:

@@ -18,7 +18,7 @@ from fpn_jax.models import build_detector
 from fpn_jax.models.faster_rcnn import FasterRCNN
 from fpn_jax.training import checkpoint
 from fpn_jax.training.state import init_variables
-from fpn_jax.weights import files, loader, names, published
+from fpn_jax.weights import files, loader, names, published, semantics
 
 STRIDE = 32  # of C5: sides that are no multiples of it would shift the top-down pathway against the bottom-up one
 
@@ -96,6 +96,17 @@ def check_classes(classes: Classes, split: Split, workdir: str) -> None:
 def make_detector(config: ml_collections.ConfigDict, classes: Classes) -> FasterRCNN:
     """The detector of `config.model` for these classes."""
     return build_detector(config.model, len(classes.names))
+
+
+def flat_values(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """{dotted key: value}, lists as tuples, as they come back from JSON."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, ml_collections.ConfigDict):
+            flat |= {f"{name}.{key}": x for key, x in flat_values(value).items()}
+        else:
+            flat[name] = semantics.plain(value)
+    return flat
 
 
 def read_weights(address: str) -> dict[str, np.ndarray]:

@@ -30,7 +30,9 @@ _NAMES = cli.flag("names", str, "torchvision", "Whose names to write: torchvisio
 _CHECKPOINT = cli.flag("checkpoint", str, "best", "Which weights to write: best (of the evaluations) or latest.")
 
 
-def convert_in(config: ml_collections.ConfigDict | None, address: str, workdir: str) -> list[str]:
+def convert_in(
+    config: ml_collections.ConfigDict | None, address: str, workdir: str, part: str = "", reset_classes: bool = False
+) -> list[str]:
     """Put weights into a new workdir, ready to evaluate, predict and train; lines that say what came of it.
 
     Without a config the experiment is guessed from the file. Raises `UserError` if the workdir is in use, or if any
@@ -40,23 +42,25 @@ def convert_in(config: ml_collections.ConfigDict | None, address: str, workdir: 
     remarks: list[str] = []
     if config is None:
         config, remarks = _guess_config(arrays, address)
+    config.init_part, config.init_reset_classes = part or config.init_part, reset_classes or config.init_reset_classes
     detector_slots = loader.class_slots(arrays, address)
     is_whole = detector_slots is not None and not config.init_reset_classes and not config.init_part
     classes = _classes(config, detector_slots if is_whole else None, address, remarks)
     detector = common.make_detector(config, classes)
-    options = common.pipeline_options(config)
-    with checkpoint.Checkpoints(workdir) as checkpoints:
-        if checkpoints.latest_step is not None or checkpoints.best_step is not None:
+    variables = init_variables(detector, common.pipeline_options(config).buckets[0], config.seed)
+    loaded = common.load_weights(config, variables, address, arrays)
+    # Nothing is written before everything fits.
+    with checkpoint.claim_workdir(workdir), checkpoint.Checkpoints(workdir, writes=True) as checkpoints:
+        if not checkpoints.is_empty:
             raise UserError(f"--workdir={workdir}: there are weights in it already; give another folder")
-        variables = init_variables(detector, options.buckets[0], config.seed)
-        loaded = common.load_weights(config, variables, address, arrays)
-        with checkpoint.claim_workdir(workdir, config):
-            classes.write(workdir)
-            state = TrainState(jnp.zeros((), jnp.int32), **loaded.variables, opt_state={}, ema_params={})
-            mesh = sharding.make_mesh(devices=sharding.first_device())
-            checkpoints.save_best(sharding.put_replicated(mesh, state), {"AP": None})
+        checkpoint.write_config(workdir, config)
+        classes.write(workdir)
+        state = TrainState(jnp.zeros((), jnp.int32), **loaded.variables, opt_state={}, ema_params={})
+        mesh = sharding.make_mesh(devices=sharding.first_device())
+        checkpoints.save_initial(sharding.put_replicated(mesh, state))
     skipped = f", {len(loaded.ignored)} without use here left out" if loaded.ignored else ""
-    return [f"{address}: {loaded.describe()}{skipped}", *remarks, f"written to {workdir}/best/0"]
+    remarks = [*remarks, *loaded.remarks(config.model)]
+    return [f"{address}: {loaded.describe()}{skipped}", *remarks, f"written to {workdir}/initial"]
 
 
 def convert_out(workdir: str, path: str, framework: str, which: str) -> list[str]:
@@ -80,11 +84,14 @@ def convert_out(workdir: str, path: str, framework: str, which: str) -> list[str
 
 
 def _guess_config(arrays: Mapping[str, np.ndarray], address: str) -> tuple[ml_collections.ConfigDict, list[str]]:
+    if "://" not in address and (Path(address) / "config.json").exists():
+        config = ml_collections.ConfigDict(checkpoint.read_config(address).to_dict())
+        config.init_from = config.init_part = ""
+        return config.lock(), [f"config: {address}/config.json"]
     experiment, changes, remarks = guess.experiment(arrays, address)
     path = Path(__file__).parent.parent / "experiments" / experiment
     config = cli.load_config(str(path))
     config.update_from_flattened_dict(changes)
-    config.init_part, config.init_reset_classes = _PART.value, _RESET.value
     return config, [
         f"config: experiments/{experiment}",
         *(f"  {key} = {value}" for key, value in changes.items()),
@@ -123,15 +130,13 @@ def main(argv: Sequence[str]) -> None:
     del argv
     cli.check_required(workdir=_WORKDIR.value)
     if bool(_FROM.value) == bool(_TO.value):
-        raise UserError("give either --from= to fill the workdir or --to= to write its weights to a file")
+        trouble = "both --from= and --to= are given" if _TO.value else "neither --from= nor --to= is given"
+        raise UserError(f"{trouble}; say --from= to fill the workdir, or --to= to write its weights to a file")
     common.set_up_jax()
     if _TO.value:
         print("\n".join(convert_out(_WORKDIR.value, _TO.value, _NAMES.value, _CHECKPOINT.value)))
         return
-    config = _CONFIG.value
-    if config is not None:
-        config.init_part, config.init_reset_classes = _PART.value, _RESET.value
-    print("\n".join(convert_in(config, _FROM.value, _WORKDIR.value)))
+    print("\n".join(convert_in(_CONFIG.value, _FROM.value, _WORKDIR.value, _PART.value, _RESET.value)))
     print(f"next: python -m fpn_jax.predict --workdir={_WORKDIR.value} picture.jpg --output=found")
 
 

@@ -49,8 +49,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     options = common.pipeline_options(config)
     detector = common.make_detector(config, classes)
 
-    claim = checkpoint.claim_workdir(workdir, config) if rank == 0 else contextlib.nullcontext()
-    with claim, checkpoint.Checkpoints(workdir) as checkpoints:
+    claim = checkpoint.claim_workdir(workdir) if rank == 0 else contextlib.nullcontext()
+    with claim, checkpoint.Checkpoints(workdir, writes=True) as checkpoints:
         variables, origin = _starting_weights(config, detector, options.buckets[0], mesh, checkpoints)
         schedule = make_schedule(config.optim, config.batch_size, config.num_steps)
         optimizer = make_optimizer(config.optim, schedule, variables["params"], detector.frozen)
@@ -65,11 +65,13 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
             train_split, options, config.batch_size, config.seed, config.num_steps, rank=rank, world=world, start=first
         )
         if rank == 0:
+            changes = _changes(config, workdir)
+            checkpoint.write_config(workdir, config)
             classes.write(workdir)
         with MetricLog(workdir, config.num_steps, first, enabled=rank == 0) as log:
             log.message(_describe(state, mesh, train_split, options, first))
-            if origin:
-                log.message(origin)
+            for line in [*origin, *(changes if rank == 0 else [])]:
+                log.message(line)
             run = _Run(config, workdir, mesh, eval_split, options, make_detect(detector), checkpoints, log)
             metrics = _finished(workdir) if first >= config.num_steps else None
             for step, host in zip(range(first + 1, config.num_steps + 1), batches, strict=False):
@@ -118,8 +120,7 @@ class _Run:
         shown = "  ".join(f"{name} {metrics[name] or 0:.3f}" for name in ("AP", "AP50", "AP75", "AR100"))
         self.log.message(f"step {step}, {len(self.eval_split)} images of {self.eval_split.split}: {shown}")
         best = self.checkpoints.best_metrics()
-        # Weights that were converted have not been scored: AP None.
-        if best is None or best["AP"] is None or (metrics["AP"] or 0.0) > best["AP"]:
+        if best is None or (metrics["AP"] or 0.0) > best["AP"]:
             self.checkpoints.save_best(state, {"AP": metrics["AP"] or 0.0})
         if last and sharding.process()[0] == 0:
             self._conclude(results)
@@ -153,21 +154,36 @@ def _starting_weights(
     image_size: tuple[int, int],
     mesh: Any,
     checkpoints: checkpoint.Checkpoints,
-) -> tuple[dict[str, Any], str]:
-    """(variables of step 0, a line that says where they are from, "" if they are random or a checkpoint replaces them).
+) -> tuple[dict[str, Any], list[str]]:
+    """(variables of step 0, lines that say where they are from: none if they are random or a checkpoint replaces them).
 
-    What `fpn_jax.convert` has put into the workdir goes before `config.init_from`.
+    Raises `UserError` if both the workdir, by `fpn_jax.convert`, and `config.init_from` have weights.
     """
     variables = init_variables(detector, image_size, config.seed)
     if checkpoints.latest_step is not None:
-        return variables, ""
-    if checkpoints.best_step == 0:
+        return variables, []
+    if checkpoints.has_initial:
+        if config.init_from:
+            raise UserError(
+                f"config.init_from={config.init_from}: {checkpoints.workdir} has weights of fpn_jax.convert already; "
+                "leave init_from empty, or train in another --workdir"
+            )
         like = sharding.put_replicated(mesh, variables)
-        return checkpoints.restore_weights(like, "best")[0], f"weights: those in {checkpoints.workdir}/best/0"
+        return checkpoints.restore_weights(like, "latest")[0], [f"weights: those in {checkpoints.workdir}/initial"]
     if config.init_from:
         loaded = common.load_weights(config, variables, config.init_from)
-        return loaded.variables, f"weights: {config.init_from}, {loaded.describe()}"
-    return variables, ""
+        return loaded.variables, [f"weights: {config.init_from}, {loaded.describe()}", *loaded.remarks(config.model)]
+    return variables, []
+
+
+def _changes(config: ml_collections.ConfigDict, workdir: str) -> list[str]:
+    """What of the model is otherwise than when its weights came into this workdir."""
+    if not (Path(workdir) / "config.json").exists():
+        return []
+    before, now = (common.flat_values(c.model) for c in (checkpoint.read_config(workdir), config))
+    return [
+        f"changed: model.{key} is {now[key]}, was {before[key]}" for key in now if before.get(key, now[key]) != now[key]
+    ]
 
 
 def _position(config: ml_collections.ConfigDict, split: Split) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 WORKDIR/checkpoints/<step>/   weights, optimizer, position in the data: the latest two
 WORKDIR/best/<step>/          weights alone, of the best evaluation so far
+WORKDIR/initial/0/            weights alone, put there by `fpn_jax.convert`: what training starts from; never removed
 WORKDIR/config.json           the config of the run
 WORKDIR/lock                  held while a process trains here
 """
@@ -23,12 +24,16 @@ _WEIGHTS = ("step", "params", "batch_stats", "ema_params")
 
 
 class Checkpoints:
-    """The checkpoints of one workdir. Saving is asynchronous; `close` waits for what is under way."""
+    """The checkpoints of one workdir. Saving is asynchronous; `close` waits for what is under way.
 
-    def __init__(self, workdir: str, keep: int = 2):
+    Only who has claimed the workdir may save: `writes` also clears away what a killed process has half written.
+    """
+
+    def __init__(self, workdir: str, keep: int = 2, writes: bool = False):
         self.workdir = workdir
-        self._latest = _manager(workdir, "checkpoints", keep)
-        self._best = _manager(workdir, "best", 1)
+        self._latest = _manager(workdir, "checkpoints", keep, writes)
+        self._best = _manager(workdir, "best", 1, writes)
+        self._initial = _manager(workdir, "initial", 1, writes)
 
     @property
     def latest_step(self) -> int | None:
@@ -51,10 +56,20 @@ class Checkpoints:
         step = int(state.step)
         self._guarded(self._best, lambda: self._best.save(step, args=ocp.args.Composite(**items), force=True))
 
+    def save_initial(self, state: TrainState) -> None:
+        """Keep these weights as what training here starts from."""
+        items = {"weights": ocp.args.StandardSave(_weights(state))}
+        self._guarded(self._initial, lambda: self._initial.save(0, args=ocp.args.Composite(**items), force=True))
+
     @property
-    def best_step(self) -> int | None:
-        """Optimizer steps of the best weights; 0 if they were put there by `fpn_jax.convert`, None without any."""
-        return self._best.latest_step()
+    def has_initial(self) -> bool:
+        """Whether `fpn_jax.convert` has put weights here."""
+        return self._initial.latest_step() is not None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there are no weights of any kind."""
+        return all(m.latest_step() is None for m in (self._latest, self._best, self._initial))
 
     def best_metrics(self) -> dict[str, float] | None:
         """What `save_best` was last given, None without a best."""
@@ -119,6 +134,7 @@ class Checkpoints:
         finally:
             self._latest.close()
             self._best.close()
+            self._initial.close()
 
     def saved_weights(self, which: str) -> tuple[dict[str, Any], int]:
         """As `restore_weights`, of whatever architecture they are, on this process's first device."""
@@ -133,11 +149,12 @@ class Checkpoints:
     def _chosen(self, which: str) -> tuple[ocp.CheckpointManager, int]:
         if which not in ("best", "latest"):
             raise UserError(f"--checkpoint={which}: choose best or latest")
-        manager = self._best if which == "best" and self._best.latest_step() is not None else self._latest
-        step = manager.latest_step()
-        if step is None:
-            raise UserError(f"{self.workdir}: there is no checkpoint; train there first, or give another --workdir")
-        return manager, step
+        managers = [self._best, self._latest, self._initial] if which == "best" else [self._latest, self._initial]
+        for manager in managers:
+            step = manager.latest_step()
+            if step is not None:
+                return manager, step
+        raise UserError(f"{self.workdir}: there is no checkpoint; train there first, or give another --workdir")
 
     def _guarded(self, manager: ocp.CheckpointManager, action: Any) -> None:
         """Run a save; a failure to write, also of the save before, is a `UserError` naming the last good step."""
@@ -172,8 +189,8 @@ class Checkpoints:
             )
 
 
-def claim_workdir(workdir: str, config: ml_collections.ConfigDict) -> IO[str]:
-    """Lock the workdir for training and write its config.json. Keep the result: the lock lasts as long as it does.
+def claim_workdir(workdir: str) -> IO[str]:
+    """Lock the workdir for training. Keep the result: the lock lasts as long as it does.
 
     The lock goes with the process, however that ends, so a killed run leaves no stale one.
     Raises `UserError` if another process trains there, or if it is no folder of this machine.
@@ -195,14 +212,18 @@ def claim_workdir(workdir: str, config: ml_collections.ConfigDict) -> IO[str]:
     lock.truncate(0)
     lock.write(str(os.getpid()))
     lock.flush()
-    temporary = folder / "config.json.tmp"
-    temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-    temporary.replace(folder / "config.json")
     return lock
 
 
+def write_config(workdir: str, config: ml_collections.ConfigDict) -> None:
+    """Keep the config in WORKDIR/config.json; only once it is known to fit the weights that are there."""
+    temporary = Path(workdir) / "config.json.tmp"
+    temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    temporary.replace(Path(workdir) / "config.json")
+
+
 def read_config(workdir: str) -> ml_collections.ConfigDict:
-    """The config that `claim_workdir` wrote, locked. Raises `UserError` if there is none."""
+    """The config that `write_config` wrote, locked. Raises `UserError` if there is none."""
     path = Path(workdir) / "config.json"
     if not path.exists():
         raise UserError(f"--workdir={workdir}: there is no config.json; train there first, or give another folder")
@@ -212,8 +233,8 @@ def read_config(workdir: str) -> ml_collections.ConfigDict:
         raise UserError(f"{path} is not JSON ({error}); restore it, or train into another --workdir") from None
 
 
-def _manager(workdir: str, name: str, keep: int) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+def _manager(workdir: str, name: str, keep: int, writes: bool) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=writes)
     # Without its handlers a manager that has not saved yet cannot tell the shapes of what another has saved.
     arrays = {item: ocp.StandardCheckpointHandler() for item in ("weights", "optimizer")}
     values = {item: ocp.JsonCheckpointHandler() for item in ("data", "metrics")}

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ EXPERIMENTS = {
     "torchvision Faster R-CNN, MobileNetV3-Large-FPN": "torchvision/fasterrcnn_mobilenet_v3_large_fpn.py",
     "detectron2 ResNet-FPN": "detectron2/faster_rcnn_R_50_FPN_1x.py",
 }
-SMALL_MOBILENET = "torchvision/fasterrcnn_mobilenet_v3_large_320_fpn.py"  # tells itself by its file's name alone
+SMALL_MOBILENET = "torchvision/fasterrcnn_mobilenet_v3_large_320_fpn.py"  # the same weights' names
 # What the weights do not tell: torchvision sets eps 0 for this one file, by its published name.
 _EPS_ZERO = re.compile(r"fasterrcnn_resnet50_fpn(_coco-258fb6c6\.pth|/COCO_V1)$")
 
@@ -35,8 +34,9 @@ def experiment(arrays: Mapping[str, np.ndarray], file: str) -> tuple[str, dict[s
         )
     chosen, changes, remarks = EXPERIMENTS[format.name], {}, []
     if "MobileNet" in format.name:
-        if "320" in Path(file).name:
+        if "mobilenet_v3_large_320" in file:
             chosen = SMALL_MOBILENET
+        remarks.append("the weights do not tell whether they are for 320 or 800 pixels: the name of the file does")
         return chosen, changes, remarks
     today = names.renamed(arrays, format)
     shapes = {name: arrays[stored].shape for name, stored in today.items()}
@@ -45,7 +45,6 @@ def experiment(arrays: Mapping[str, np.ndarray], file: str) -> tuple[str, dict[s
     changes |= _resnet(shapes, prefix, first, file)
     if chosen.endswith("fasterrcnn_resnet50_fpn.py") and not _EPS_ZERO.search(file):
         changes["model.backbone.norm_eps"] = 1e-5
-        remarks.append("batch norms with eps 1e-5, as torchvision's builders have; only its own COCO_V1 file wants 0")
     if format.framework == "detectron2":
         is_msra = changes.get("model.backbone.groups", 1) == 1
         changes["model.backbone.stride_in_1x1"] = is_msra

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fpn_jax.errors import UserError
-from fpn_jax.weights import names
+from fpn_jax.weights import names, semantics
 from fpn_jax.weights.tables import Format
 
 CLASS_LAYERS = (("params", "box_head", "classes"), ("params", "box_head", "deltas"))
@@ -28,6 +28,18 @@ class Loaded:
     count: int  # arrays taken over
     ignored: list[str] = field(default_factory=list)  # names in the file that a detector has no use for
     fresh: list[str] = field(default_factory=list)  # our variables that keep their initial values
+
+    def remarks(self, model: Mapping[str, Any]) -> list[str]:
+        """What the weights do not tell, and where `config.model` is not as the framework they are from has it."""
+        framework, lines = self.format.framework, []
+        parts = {path[1] for path in names.flatten(self.variables) if "/".join(path) not in set(self.fresh)}
+        lines += [f"remark: {line}" for line in semantics.differences(model, framework, parts)]
+        if framework == "torchvision" and model["backbone"]["name"] == "resnet" and "backbone" in parts:
+            lines.append(
+                f"remark: model.backbone.norm_eps is {model['backbone']['norm_eps']}: torchvision's COCO_V1 file of "
+                "fasterrcnn_resnet50_fpn, and what was fine-tuned from it, wants 0.0, everything else 1e-5"
+            )
+        return lines
 
     def describe(self) -> str:
         """One line for the log."""
@@ -90,6 +102,9 @@ def load(
             continue
         if array.dtype.kind != "f":
             troubles.append(f"{name} is of type {array.dtype}, not of floating point numbers")
+            continue
+        if not np.isfinite(array).all():
+            troubles.append(f"{name} holds numbers that are not finite")
             continue
         converted = names.to_ours(path, array, format, pooled_size)
         if converted.shape != tuple(initial.shape):

@@ -3,7 +3,7 @@
 Weights that load but score lower are worse than a refusal, so `check` names the first key that does not fit.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from fpn_jax.errors import UserError
@@ -39,16 +39,48 @@ FIXED = {
 _WIDTH = 64  # of the first stage of every torchvision ResNet
 
 
-def check(model: Mapping[str, Any], framework: str) -> None:
-    """Raise a `UserError` naming the key of `config.model` in which the framework's detectors differ."""
+# Keys of a part of the model -> the parts of the weights that they matter to.
+_MATTERS = {"pixels": "backbone", "backbone": "backbone", "neck": "neck", "rpn": "rpn_head", "box": "box_head"}
+
+
+def differences(model: Mapping[str, Any], framework: str, parts: Collection[str]) -> list[str]:
+    """One line for each key of `config.model` in which the framework's detectors differ, as far as parts tell."""
+    lines = []
     for key, wanted in FIXED[framework].items():
         part, _, name = key.partition(".")
-        value = model.get(part, {}).get(name, wanted)
-        if _plain(value) != _plain(wanted):
-            raise UserError(
-                f"model.{key} is {_plain(value)!r}, and {framework} has {wanted!r}: its detector would score otherwise "
-                "with these weights; train with that value, or export with other --names"
-            )
+        value = plain(model.get(part, {}).get(name, wanted))
+        if value != wanted and _MATTERS[part] in parts:
+            lines.append(f"model.{key} is {value!r}, and {framework} has {wanted!r}")
+    return lines
+
+
+def check(model: Mapping[str, Any], framework: str) -> None:
+    """Raise a `UserError` naming the key of `config.model` in which the framework's detectors differ."""
+    if found := differences(model, framework, set(_MATTERS.values())):
+        raise UserError(
+            f"{found[0]}: its detector would score otherwise with these weights; train with that value, or export "
+            "with other --names"
+        )
+
+
+def _check_structure(model: Mapping[str, Any]) -> None:
+    """Raise a `UserError` naming the first key that torchvision's classes have no argument for."""
+    neck, head, rpn, box = model["neck"], model["box_head"], model["rpn"], model["box"]
+    levels = plain(rpn["levels"])
+    plain_head = (head.get("convs", 0), head.get("fcs", 2)) == (0, 2)
+    demands = {
+        "backbone.norm": ((model["backbone"]["norm"] in ("frozen_bn", "bn")), "'frozen_bn' or 'bn'"),
+        "neck.norm": (neck.get("norm", "none") in ("none", "bn"), "'none' or 'bn'"),
+        "neck.norm_eps": (neck.get("norm", "none") == "none" or neck["norm_eps"] == 1e-5, "1e-5"),
+        "box_head.convs": (plain_head or (head["convs"], head["fcs"]) == (4, 1), "0 with fcs 2, or 4 with fcs 1"),
+        "box_head.norm": (plain_head or (head["norm"], head["norm_eps"]) == ("bn", 1e-5), "'bn' with norm_eps 1e-5"),
+        "rpn.levels": (levels in ((2, 3, 4, 5, 6), (5, 6, 7)), "all levels of the neck"),
+        "box.levels": (plain(box["levels"]) == levels[: len(box["levels"])], "levels from the finest on"),
+    }
+    for key, (is_met, wanted) in demands.items():
+        if not is_met:
+            part, _, name = key.partition(".")
+            raise UserError(f"model.{key} is {plain(model[part][name])!r}: torchvision's detectors have {wanted}")
 
 
 def torchvision_code(config: Mapping[str, Any], num_slots: int, file: str) -> str:
@@ -57,6 +89,7 @@ def torchvision_code(config: Mapping[str, Any], num_slots: int, file: str) -> st
     num_slots: classes with the background. Raises `UserError` if its builders have no such backbone.
     """
     model, data = config["model"], config["data"]
+    _check_structure(model)
     rpn, box, backbone = model["rpn"], model["box"], model["backbone"]
     norm = "FrozenBatchNorm2d" if backbone["norm"] == "frozen_bn" else "torch.nn.BatchNorm2d"
     body, extractor = _mobilenet(backbone, norm) if backbone["name"] == "mobilenet_v3" else _resnet(backbone, norm)
@@ -69,8 +102,12 @@ def torchvision_code(config: Mapping[str, Any], num_slots: int, file: str) -> st
         box_head = f"FastRCNNConvFCHead(({channels}, {size}, {size}), {convs}, {fcs}, norm_layer=torch.nn.BatchNorm2d)"
     else:
         box_head = f"TwoMLPHead({channels * size**2}, {head['channels']})"
-    sizes, anchors = _plain(rpn["sizes"]), len(rpn["sizes"][0]) * len(rpn["ratios"])
-    return f"""import torch
+    library, reading = "", f"torch.load({file!r}, weights_only=True)"
+    if file.endswith(".safetensors"):
+        library = "import safetensors.torch\n"
+        reading = f"safetensors.torch.load_file({file!r})"
+    sizes, anchors = plain(rpn["sizes"]), len(rpn["sizes"][0]) * len(rpn["ratios"])
+    return f"""{library}import torch
 from torchvision.models import mobilenet_v3_large
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -85,7 +122,7 @@ model = FasterRCNN(
     BackboneWithFPN(body, {extractor}, {channels}{neck_norm}),
     min_size={data["shorter"][-1]}, max_size={data["longest"]},
     image_mean={list(model["pixels"]["mean"])}, image_std={list(model["pixels"]["std"])},
-    rpn_anchor_generator=AnchorGenerator({sizes}, ({_plain(rpn["ratios"])},) * {len(sizes)}),
+    rpn_anchor_generator=AnchorGenerator({sizes}, ({plain(rpn["ratios"])},) * {len(sizes)}),
     rpn_head=RPNHead({channels}, {anchors}, conv_depth={model["rpn_head"]["convs"]}),
     rpn_pre_nms_top_n_train={rpn["pre_nms_train"]}, rpn_pre_nms_top_n_test={rpn["pre_nms_test"]},
     rpn_post_nms_top_n_train={rpn["post_nms_train"]}, rpn_post_nms_top_n_test={rpn["post_nms_test"]},
@@ -97,12 +134,12 @@ model = FasterRCNN(
     box_head={box_head},
     box_predictor=FastRCNNPredictor({head["channels"]}, {num_slots}),
     box_score_thresh={box["score_threshold"]}, box_nms_thresh={box["nms_iou"]},
-    box_detections_per_img={box["detections"]}, bbox_reg_weights={_plain(box["delta_weights"])},
+    box_detections_per_img={box["detections"]}, bbox_reg_weights={plain(box["delta_weights"])},
 )
 for module in model.backbone.body.modules():
     if isinstance(module, (FrozenBatchNorm2d, torch.nn.BatchNorm2d)):
         module.eps = {backbone["norm_eps"]}
-model.load_state_dict(torch.load({file!r}, weights_only=True), strict=True)
+model.load_state_dict({reading}, strict=True)
 model.eval()
 """
 
@@ -128,5 +165,6 @@ def _mobilenet(backbone: Mapping[str, Any], norm: str) -> tuple[str, str]:
     return f"mobilenet_v3_large(norm_layer={norm}).features", f"{layers}, [160, 960]"
 
 
-def _plain(value: Any) -> Any:
-    return tuple(_plain(v) for v in value) if isinstance(value, list | tuple) else value
+def plain(value: Any) -> Any:
+    """Lists as tuples, at all depths."""
+    return tuple(plain(v) for v in value) if isinstance(value, list | tuple) else value

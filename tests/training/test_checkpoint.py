@@ -14,7 +14,7 @@ import pytest
 
 from fpn_jax.errors import UserError
 from fpn_jax.training import sharding
-from fpn_jax.training.checkpoint import Checkpoints, claim_workdir, read_config
+from fpn_jax.training.checkpoint import Checkpoints, claim_workdir, read_config, write_config
 from fpn_jax.types import TrainState
 
 ROOT = Path(__file__).parent.parent.parent
@@ -127,16 +127,17 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path):
 def test_a_workdir_is_claimed_by_one_process_at_a_time(tmp_path):
     config = ml_collections.ConfigDict({"seed": 3, "data": {"shorter": (1, 2)}})
     hold = (
-        "import sys, ml_collections; from fpn_jax.training.checkpoint import claim_workdir;"
-        "lock = claim_workdir(sys.argv[1], ml_collections.ConfigDict()); print('held', flush=True); sys.stdin.read()"
+        "import sys; from fpn_jax.training.checkpoint import claim_workdir;"
+        "lock = claim_workdir(sys.argv[1]); print('held', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", hold, tmp_path]
     with subprocess.Popen(command, cwd=ROOT, stdin=-1, stdout=-1, text=True) as other:
         assert other.stdout.readline() == "held\n"
         with pytest.raises(UserError, match=f"in use by process {other.pid}"):
-            claim_workdir(str(tmp_path), config)
+            claim_workdir(str(tmp_path))
         other.kill()
-    with claim_workdir(str(tmp_path), config):  # a killed process leaves no lock behind
+    with claim_workdir(str(tmp_path)):  # a killed process leaves no lock behind
+        write_config(str(tmp_path), config)
         assert json.loads((tmp_path / "config.json").read_text()) == {"seed": 3, "data": {"shorter": [1, 2]}}
         assert read_config(str(tmp_path)).data.shorter == [1, 2]
 

@@ -72,8 +72,10 @@ def test_in_evaluated_trained_and_out(tmp_path, config, arrays, file):
     metrics = train.train(config, workdir)
     assert_has(weights_of(workdir, "latest"), arrays)
     assert np.isfinite(metrics["AP"])
+    # What was converted stays, whatever the training makes of it.
     with checkpoint.Checkpoints(workdir) as checkpoints:
-        assert checkpoints.best_step == 1  # what was converted had no score to beat
+        assert checkpoints.has_initial and checkpoints.latest_step == 1
+    assert (tmp_path / "run" / "initial" / "0").exists() and (tmp_path / "run" / "best" / "1").exists()
 
     # The demo's width is no torchvision ResNet's, and the message says which key is in the way.
     with pytest.raises(UserError, match=r"model\.backbone\.width is 4: torchvision's ResNet has 64 and no other"):
@@ -144,7 +146,39 @@ def test_a_spoiled_file_leaves_no_half_loaded_model(tmp_path, config, file, spoi
     with pytest.raises(UserError, match=message) as caught:
         convert_in(config, file, str(tmp_path / "run"))
     assert "\n" not in str(caught.value)
-    assert not (tmp_path / "run" / "config.json").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_nothing_is_written_before_everything_fits(tmp_path, config, arrays, file):
+    config.model.neck.channels = 16
+    with pytest.raises(UserError, match=r"Nothing was loaded"):
+        convert_in(config, file, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    files.write_arrays(file, arrays | {"rpn.head.conv.0.0.bias": np.full(8, np.nan, np.float32)})
+    config.model.neck.channels = 8
+    with pytest.raises(UserError, match=r"rpn\.head\.conv\.0\.0\.bias holds numbers that are not finite"):
+        convert_in(config, file, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_training_that_does_not_fit_leaves_the_workdir_as_it_is(tmp_path, config, file):
+    workdir = str(tmp_path / "run")
+    convert_in(config, file, workdir)
+    before = (tmp_path / "run" / "config.json").read_text()
+    config.model.neck.channels = 16
+    with pytest.raises(UserError, match=r"another architecture"):
+        train.train(config, workdir)
+    config.model.neck.channels, config.init_from = 8, file
+    with pytest.raises(UserError, match=r"config\.init_from=.*: .*run has weights of fpn_jax\.convert already"):
+        train.train(config, workdir)
+    assert (tmp_path / "run" / "config.json").read_text() == before
+
+
+def test_remarks_on_what_the_weights_do_not_tell(tmp_path, config, file):
+    config.model.box.aligned = True
+    lines = convert_in(config, file, str(tmp_path / "run"))
+    assert "remark: model.box.aligned is True, and torchvision has False" in lines
+    assert any("model.backbone.norm_eps is 1e-05: torchvision's COCO_V1 file" in line for line in lines)
 
 
 def test_half_precision_weights_become_float32(tmp_path, config, arrays):

@@ -68,8 +68,13 @@ def test_the_experiment_is_read_off_the_weights():
         assert config.model.backbone.norm_eps == 1e-5
     for published in ("a/fasterrcnn_resnet50_fpn_coco-258fb6c6.pth", "torchvision://fasterrcnn_resnet50_fpn/COCO_V1"):
         assert config_for(shaped("fasterrcnn_resnet50_fpn"), published).model.backbone.norm_eps == 0.0
-    small = config_for(shaped("fasterrcnn_mobilenet_v3_large_320_fpn"), "x/fasterrcnn_mobilenet_v3_large_320_fpn-9.pth")
-    assert small.data.shorter == (320,)
+    for file, pixels in (
+        ("x/fasterrcnn_mobilenet_v3_large_320_fpn-907ea3f9.pth", 320),
+        ("torchvision://fasterrcnn_mobilenet_v3_large_320_fpn/COCO_V1", 320),
+        ("torchvision://fasterrcnn_mobilenet_v3_large_fpn/COCO_V1", 800),
+        ("my_epoch320.pth", 800),
+    ):
+        assert config_for(shaped("fasterrcnn_mobilenet_v3_large_320_fpn"), file).data.shorter == (pixels,)
     with pytest.raises(
         UserError, match=r"resnet50: a torchvision or timm ResNet is no whole detector; say with --config="
     ):
