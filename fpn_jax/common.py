@@ -13,6 +13,7 @@ import numpy as np
 from fpn_jax.data.class_lists import class_list
 from fpn_jax.data.datasets import Split, open_split
 from fpn_jax.data.pipeline import PipelineOptions, default_buckets
+from fpn_jax.data.transforms import resized_size
 from fpn_jax.errors import UserError
 from fpn_jax.models import build_detector
 from fpn_jax.models.faster_rcnn import FasterRCNN
@@ -70,6 +71,17 @@ def pipeline_options(config: ml_collections.ConfigDict) -> PipelineOptions:
         num_threads=data.num_threads,
         num_workers=data.num_workers,
     )
+
+
+def pad_tightly(options: PipelineOptions, image_sizes: np.ndarray) -> PipelineOptions:
+    """Options whose buckets pad images of these sizes [n 2] to the next multiples of the stride and no further.
+
+    As torchvision pads an image that is alone in its batch: padding moves P6's anchors and what convolutions see beyond
+    the picture's edge, and so the detections a little. Each size of its own costs a compilation.
+    """
+    sizes = np.stack(resized_size(*image_sizes.T, options.shorter[-1], options.longest, options.rounding), 1)
+    shapes = np.unique(-(-sizes // STRIDE) * STRIDE, axis=0)
+    return dataclasses.replace(options, buckets=tuple(map(tuple, shapes.tolist())))
 
 
 def open_data(config: ml_collections.ConfigDict, split: str) -> Split:

@@ -15,16 +15,23 @@ _WORKDIR = cli.flag("workdir", str, None, "Folder of the training run.")
 _SPLIT = cli.flag("split", str, None, "Split to score; by default the config's data.eval_split.")
 _CHECKPOINT = cli.flag("checkpoint", str, "best", "Which weights: best (of the evaluations) or latest.")
 _PICTURES = cli.flag("pictures", int, 8, "How many images to draw, ground truth beside predictions.")
+_TIGHT = cli.flag("tight", bool, False, "Pad images no further than torchvision does; each size is compiled anew.")
 _DATASET = cli.flag("dataset", str, None, "Data set to score on; by default the config's data.dataset.")
 _DATA_DIR = cli.flag("data_dir", str, None, "Where the prepared data lies, if not where the training found it.")
 
 
 def evaluate(
-    workdir: str, split_name: str | None, which: str, pictures: int, data_dir: str | None, dataset: str | None = None
+    workdir: str,
+    split_name: str | None,
+    which: str,
+    pictures: int,
+    data_dir: str | None,
+    dataset: str | None = None,
+    tight: bool = False,
 ) -> dict[str, Any]:
     """Metrics of a workdir's detector on a split, also written and, by process 0, drawn and printed.
 
-    which: "best" or "latest" weights. None stands for what the config says.
+    which: "best" or "latest" weights. tight: see `common.pad_tightly`. None stands for what the config says.
     """
     sharding.start_processes()
     config = checkpoint.read_config(workdir)
@@ -37,6 +44,8 @@ def evaluate(
     split = common.open_data(config, split_name or config.data.eval_split)
     common.check_classes(classes, split, workdir)
     options = common.pipeline_options(config)
+    if tight:
+        options = common.pad_tightly(options, split.image_sizes)
     detector = common.make_detector(config, classes)
     like = common.abstract_variables(detector, options.buckets[0], sharding.replicated(mesh))
     with checkpoint.Checkpoints(workdir) as checkpoints:
@@ -54,7 +63,8 @@ def main(argv: Sequence[str]) -> None:
     """Entry point."""
     del argv
     cli.check_required(workdir=_WORKDIR.value)
-    evaluate(_WORKDIR.value, _SPLIT.value, _CHECKPOINT.value, _PICTURES.value, _DATA_DIR.value, _DATASET.value)
+    where = _DATA_DIR.value, _DATASET.value
+    evaluate(_WORKDIR.value, _SPLIT.value, _CHECKPOINT.value, _PICTURES.value, *where, _TIGHT.value)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from fpn_jax.training.step import make_detect
 _WORKDIR = cli.flag("workdir", str, None, "Folder of the training run.")
 _OUTPUT = cli.flag("output", str, None, "Folder for the annotated pictures and detections.json.")
 _THRESHOLD = cli.flag("threshold", float, 0.5, "Boxes below this score are not drawn; the JSON has them all.")
+_TIGHT = cli.flag("tight", bool, False, "Pad images no further than torchvision does; each size is compiled anew.")
 _CHECKPOINT = cli.flag("checkpoint", str, "best", "Which weights: best (of the evaluations) or latest.")
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
@@ -66,7 +67,8 @@ def main(argv: Sequence[str]) -> None:
     results: list[dict[str, Any]] = []
     unreadable: list[str] = []
     for number, (path, image) in enumerate(_images(paths, unreadable), start=1):
-        host = image_batch([image], options)
+        size = np.array([image.shape[:2]])
+        host = image_batch([image], common.pad_tightly(options, size) if _TIGHT.value else options)
         found = sharding.local_rows(detect(variables, sharding.put_batch(mesh, host)))
         boxes = evaluation.to_original(found.boxes[0], host["size"][0], host["original_size"][0])
         rows = evaluation.coco_results(

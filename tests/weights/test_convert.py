@@ -127,7 +127,7 @@ def test_published_weights_from_the_address_to_the_score(tmp_path, config, file,
         monkeypatch.setenv(published.CACHE_VARIABLE, str(tmp_path / "cache"))
         convert_in(config, "torchvision://tiny/V1", str(tmp_path / "run"))
         server.shutdown()
-    metrics = evaluate.evaluate(str(tmp_path / "run"), None, "best", 0, None)
+    metrics = evaluate.evaluate(str(tmp_path / "run"), None, "best", 0, None, tight=True)
     assert metrics["num_images"] == 5
     assert (tmp_path / "run/eval/val/detections.json").exists()
 
@@ -179,6 +179,13 @@ def test_remarks_on_what_the_weights_do_not_tell(tmp_path, config, file):
     lines = convert_in(config, file, str(tmp_path / "run"))
     assert "remark: model.box.aligned is True, and torchvision has False" in lines
     assert any("model.backbone.norm_eps is 1e-05: torchvision's COCO_V1 file" in line for line in lines)
+
+
+def test_tight_padding_is_torchvisions(config):
+    config.data.update(shorter=(800,), longest=1333, buckets=())
+    options = common.pipeline_options(config)
+    sizes = np.array([[576, 1024], [480, 640], [1024, 576], [576, 1024]])
+    assert common.pad_tightly(options, sizes).buckets == ((768, 1344), (800, 1088), (1344, 768))
 
 
 def test_half_precision_weights_become_float32(tmp_path, config, arrays):
