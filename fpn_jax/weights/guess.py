@@ -45,6 +45,8 @@ def experiment(arrays: Mapping[str, np.ndarray], file: str) -> tuple[str, dict[s
     changes |= _resnet(shapes, prefix, first, file)
     if chosen.endswith("fasterrcnn_resnet50_fpn.py") and not _EPS_ZERO.search(file):
         changes["model.backbone.norm_eps"] = 1e-5
+    if "backbone.body.bn1.num_batches_tracked" in shapes and not chosen.endswith("v2.py"):
+        remarks.append("the file's batch norms were live; here they are frozen unless model.backbone.norm is 'bn'")
     if format.framework == "detectron2":
         is_msra = changes.get("model.backbone.groups", 1) == 1
         changes["model.backbone.stride_in_1x1"] = is_msra

@@ -218,3 +218,31 @@ def test_the_code_for_torchvision_names_what_it_cannot_do():
         semantics.check(config.model, "torchvision")
     semantics.check(config.model, "detectron2")
     assert {*semantics.FIXED} == {*names.frameworks()}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"backbone": {"norm": "gn"}},
+            r"model\.backbone\.norm is 'gn': torchvision's detectors have 'frozen_bn' or 'bn'",
+        ),
+        ({"neck": {"norm": "gn"}}, r"model\.neck\.norm is 'gn': .* have 'none' or 'bn'"),
+        ({"neck": {"norm": "bn", "norm_eps": 1e-3}}, r"model\.neck\.norm_eps is 0\.001: .* have 1e-5"),
+        ({"box_head": {"fcs": 3}}, r"model\.box_head\.convs is 0: .* have 0 with fcs 2, or 4 with fcs 1"),
+        ({"box_head": {"convs": 4, "fcs": 1}}, r"model\.box_head\.norm is 'none': .* have 'bn' with norm_eps 1e-5"),
+        ({"box": {"levels": (3, 4, 5)}}, r"model\.box\.levels is \(3, 4, 5\): .* have levels from the finest on"),
+        ({"rpn": {"levels": (3, 4, 5, 6)}}, r"model\.rpn\.levels is \(3, 4, 5, 6\): .* have all levels of the neck"),
+        ({"backbone": {"width": 32}}, r"model\.backbone\.width is 32: torchvision's ResNet has 64 and no other"),
+    ],
+)
+def test_code_is_only_written_for_what_torchvision_can_build(change, message):
+    from experiments.faster_rcnn_r50_fpn import get_config
+
+    config = get_config()
+    assert "torch.load('x.pth', weights_only=True)" in semantics.torchvision_code(config, 91, "x.pth")
+    assert "safetensors.torch.load_file('x.safetensors')" in semantics.torchvision_code(config, 91, "x.safetensors")
+    for part, values in change.items():
+        config.model[part].update(values)
+    with pytest.raises(UserError, match=message):
+        semantics.torchvision_code(config, 91, "x.pth")
