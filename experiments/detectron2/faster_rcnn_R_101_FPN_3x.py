@@ -11,13 +11,11 @@ Score to expect: 42.0 AP on val2017 (published in detectron2's model zoo; not me
 
 import ml_collections
 
-from experiments.detectron2.faster_rcnn_R_50_FPN_1x import get_config as base
+from experiments.detectron2.faster_rcnn_R_50_FPN_3x import get_config as base
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The rate falls at 210k and 250k of 270k steps."""
+    """101 layers."""
     config = base()
-    config.num_steps = 270_000
-    config.optim.step_at = (210 / 270, 250 / 270)
     config.model.backbone.depth = 101
     return config

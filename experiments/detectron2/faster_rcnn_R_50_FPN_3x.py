@@ -19,5 +19,4 @@ def get_config() -> ml_collections.ConfigDict:
     config = base()
     config.num_steps = 270_000
     config.optim.step_at = (210 / 270, 250 / 270)
-    config.model.backbone.depth = 50
     return config
