@@ -48,8 +48,8 @@ COLUMNS = {
 }
 
 
-def run(name: str, shorter: int, train: bool) -> dict[str, float]:
-    """The row of one model."""
+def run(name: str, shorter: int, train: bool, folder: str | None = None) -> dict[str, float]:
+    """The row of one model; torchvision's results are kept in `folder` if one is given, see `store`."""
     longest = shorter * 5 // 3
     pictures, boxes, labels = cases.images()
     model, case = theirs.build(name, shorter, longest, pictures)
@@ -62,8 +62,8 @@ def run(name: str, shorter: int, train: bool) -> dict[str, float]:
     levels = list(config.model.rpn.levels)
     expected = theirs.inference(model, pictures, rois, levels)
 
-    if _STORE.value:
-        store(Path(_STORE.value), case | {"shorter": shorter, "longest": longest}, expected, rois)
+    if folder:
+        store(Path(folder), case | {"shorter": shorter, "longest": longest}, expected, rois)
 
     options = PipelineOptions((shorter,), longest, (expected["batch"].shape[2:],), pixels="float32")
     host = image_batch(pictures, options)
@@ -171,7 +171,7 @@ def main(argv: Sequence[str]) -> None:
     where = f"{platform.machine()}, {', '.join(f'{k} {v}' for k, v in versions.items())}, shorter side {_SHORTER.value}"
     rows = {}
     for name in _MODELS.value:
-        rows[name] = run(name, _SHORTER.value, _TRAIN.value)
+        rows[name] = run(name, _SHORTER.value, _TRAIN.value, _STORE.value)
         print(f"{name}: {json.dumps(rows[name])}", flush=True)
     print(f"\n{table(rows)}\n\n{where}")
     if _OUTPUT.value:

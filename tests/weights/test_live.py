@@ -17,10 +17,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # torch h
 def test_every_stage_is_torchvisions(name):
     from benchmarks.parity import run
 
-    row = run.run(name, 160, train=True)
+    row = run.run(name, 128, train=True)
     assert row["maps"] < 5e-5 and row["rpn"] < 5e-5 and row["roi"] < 5e-5
     assert row["proposals"] <= 4 and row["proposals_of"] > 200
-    assert row["detections"] == 0 and row["detections_of"] > 50
+    assert row["detections"] <= row["themselves"] and row["detections_of"] > 50  # no more than float64 moves
     assert row["boxes"] < 0.02 and row["scores"] < 3e-4
     assert row["losses"] < 1e-4
     assert row["rois"] <= 4
