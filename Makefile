@@ -7,7 +7,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO := runs/demo
-# XLA keeps two CPU cores busier as two devices with half the batch each than as one device. No effect on a GPU.
+# Two devices with half the batch each: 13 % faster than one device on a Xeon, 10 % slower on an EPYC. None on a GPU.
 TWO_DEVICES := XLA_FLAGS="$$XLA_FLAGS --xla_force_host_platform_device_count=2"
 
 .DEFAULT_GOAL := help

@@ -4,9 +4,9 @@
     python -m fpn_jax.train --config=experiments/faster_rcnn_r18_fpn_cpu.py --workdir=runs/mine \
         --config.data.dataset=NAME --config.data.eval_split=SPLIT
 
-Hardware: any CPU; XLA_FLAGS=--xla_force_host_platform_device_count=2 uses two cores as two devices, which was faster on
-one machine and slower on another. Measured on aquarium (448 photographs, 7 classes; 127 to score on), 2 shared cores
-(AMD EPYC), jax 0.10.2, other work beside it: 43 min, AP50 0.313, AP 0.118, still rising at the end.
+Hardware: any CPU. Measured on aquarium (448 photographs, 7 classes; 127 to score on), 2 shared cores (AMD EPYC) as two
+devices (XLA_FLAGS=--xla_force_host_platform_device_count=2), jax 0.10.2, other work beside it: 43 min, AP50 0.313, AP
+0.118, still rising at the end.
 """
 
 import ml_collections
