@@ -26,6 +26,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.init_from = ""  # weights to start from: a file, a workdir, torchvision://NAME/WEIGHTS or detectron2://...
     config.init_part = ""  # which part of them: "backbone", ...; "": everything they have
     config.init_reset_classes = False  # True: other classes than theirs; the class layers start anew
+    config.stages = ()  # runs before this one that make its weights, see faster_rcnn_r50_fpn_4step.py
     config.ema_decay = 0.0  # of averaged weights, which are then the ones evaluated; 0: none
 
     config.data = data = ml_collections.ConfigDict()
@@ -42,11 +43,16 @@ def get_config() -> ml_collections.ConfigDict:
     data.pixels = "uint8"  # torchvision: "float32", resized images unrounded, which take four times the memory
     data.flip = 0.5  # probability
     data.max_objects = 0  # per image; 0: as many as the data set's fullest image has
+    data.proposals_train = ""  # Fast R-CNN's regions: a workdir of an RPN, or a file, see fpn_jax/given_proposals.py
+    data.proposals_eval = ""
+    data.max_proposals = (2000, 1000)  # per image in training, in evaluation: the best of those given
     data.skip_empty = True  # whether images without objects are left out in training
     data.num_threads = 8
     data.num_workers = 0  # processes that read ahead; 0: threads of this one
 
     config.model = model = ml_collections.ConfigDict()
+    model.detector = "faster_rcnn"  # or "rpn", "fast_rcnn"
+    model.frozen_parts = ()  # of backbone, neck, rpn_head, box_head: not trained at all
     model.dtype = "float32"  # of activations; parameters are always float32. "bfloat16" on accelerators
     model.pixels = ml_collections.ConfigDict(  # what the backbone's weights expect; detectron2: "bgr", 255.0, ...
         {"order": "rgb", "white": 1.0, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -65,10 +71,27 @@ def get_config() -> ml_collections.ConfigDict:
             "frozen_stages": 2,
         }
     )
-    model.neck = ml_collections.ConfigDict(
-        {"name": "fpn", "channels": 256, "extra_level": True, "norm": "none", "norm_eps": 1e-5}
+    model.image_pyramid = ml_collections.ConfigDict(
+        {"scales": (), "level": 5}  # powers of two: the backbone sees the image at each, and gives this level's maps
     )
-    model.rpn_head = ml_collections.ConfigDict({"convs": 1})
+    model.neck = ml_collections.ConfigDict(  # see fpn_jax/models/necks/fpn.py for what each switch does
+        {
+            "name": "fpn",
+            "channels": 256,
+            "levels": (),  # read of the backbone; (): all
+            "outputs": (),  # given, besides the extra level; (): those read
+            "lateral": True,
+            "top_down": True,
+            "smooth": True,
+            "upsampling": "nearest",
+            "merge": "sum",
+            "activation": "none",
+            "extra_level": True,
+            "norm": "none",
+            "norm_eps": 1e-5,
+        }
+    )
+    model.rpn_head = ml_collections.ConfigDict({"convs": 1, "channels": 0, "shared": True})
     model.rpn = rpn = ml_collections.ConfigDict()  # see fpn_jax/models/heads/rpn.py for what detectron2 has
     rpn.levels = (2, 3, 4, 5, 6)
     rpn.sizes = ((32.0,), (64.0,), (128.0,), (256.0,), (512.0,))
@@ -93,13 +116,23 @@ def get_config() -> ml_collections.ConfigDict:
     rpn.min_size = 1e-3
     rpn.score_threshold = 0.0
     model.box_head = ml_collections.ConfigDict(
-        {"channels": 1024, "fcs": 2, "convs": 0, "conv_channels": 256, "norm": "none", "norm_eps": 1e-5}
+        {
+            "name": "fc",
+            "channels": 1024,
+            "fcs": 2,
+            "convs": 0,
+            "conv_channels": 256,
+            "norm": "none",
+            "norm_eps": 1e-5,
+            "separate_levels": (),  # levels with a head of their own; (): one for all
+        }
     )
     model.box = box = ml_collections.ConfigDict()  # see fpn_jax/models/heads/box.py
     box.levels = (2, 3, 4, 5)
     box.k0 = 4
     box.canonical_size = 224.0
     box.level_eps = 1e-6
+    box.pooling = "align"
     box.pooled_size = 7
     box.sampling_ratio = 2
     box.aligned = False

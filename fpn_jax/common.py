@@ -16,7 +16,7 @@ from fpn_jax.data.pipeline import PipelineOptions, default_buckets
 from fpn_jax.data.transforms import resized_size
 from fpn_jax.errors import UserError
 from fpn_jax.models import build_detector
-from fpn_jax.models.faster_rcnn import FasterRCNN
+from fpn_jax.models.detector import Detector
 from fpn_jax.training import checkpoint
 from fpn_jax.training.state import init_variables
 from fpn_jax.weights import files, loader, names, published, semantics
@@ -67,6 +67,7 @@ def pipeline_options(config: ml_collections.ConfigDict) -> PipelineOptions:
         interpolation=data.interpolation,
         pixels=data.get("pixels", "uint8"),  # not there in workdirs of before there was a choice
         max_objects=data.max_objects or None,
+        max_proposals=tuple(data.get("max_proposals", (2000, 1000))),
         skip_empty=data.skip_empty,
         num_threads=data.num_threads,
         num_workers=data.num_workers,
@@ -105,7 +106,7 @@ def check_classes(classes: Classes, split: Split, workdir: str) -> None:
         )
 
 
-def make_detector(config: ml_collections.ConfigDict, classes: Classes) -> FasterRCNN:
+def make_detector(config: ml_collections.ConfigDict, classes: Classes) -> Detector:
     """The detector of `config.model` for these classes."""
     return build_detector(config.model, len(classes.names))
 
@@ -153,7 +154,7 @@ def load_weights(
     )
 
 
-def abstract_variables(detector: FasterRCNN, image_size: tuple[int, int], sharding: Any) -> dict[str, Any]:
+def abstract_variables(detector: Detector, image_size: tuple[int, int], sharding: Any) -> dict[str, Any]:
     """Shapes of the variables, without computing them, to restore a checkpoint into."""
     shapes = jax.eval_shape(lambda: init_variables(detector, image_size, 0))
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)

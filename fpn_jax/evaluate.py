@@ -6,16 +6,19 @@ python -m fpn_jax.evaluate --workdir=runs/demo [--split=val] [--dataset=scenes] 
 from collections.abc import Sequence
 from typing import Any
 
-from fpn_jax import cli, common, evaluation
-from fpn_jax.scoring import detect_split, draw_split, score_split
+import ml_collections
+
+from fpn_jax import analysis, cli, common
+from fpn_jax.propose import open_proposals
+from fpn_jax.scoring import Evaluator, metrics_table
 from fpn_jax.training import checkpoint, sharding
-from fpn_jax.training.step import make_detect
 
 _WORKDIR = cli.flag("workdir", str, None, "Folder of the training run.")
 _SPLIT = cli.flag("split", str, None, "Split to score; by default the config's data.eval_split.")
 _CHECKPOINT = cli.flag("checkpoint", str, "best", "Which weights: best (of the evaluations) or latest.")
 _PICTURES = cli.flag("pictures", int, 8, "How many images to draw, ground truth beside predictions.")
 _TIGHT = cli.flag("tight", bool, False, "Pad images no further than torchvision does; each size is compiled anew.")
+_PROPOSALS = cli.flag("proposals", str, None, "Regions of a Fast R-CNN, by default the config's data.proposals_eval.")
 _DATASET = cli.flag("dataset", str, None, "Data set to score on; by default the config's data.dataset.")
 _DATA_DIR = cli.flag("data_dir", str, None, "Where the prepared data lies, if not where the training found it.")
 
@@ -28,13 +31,14 @@ def evaluate(
     data_dir: str | None,
     dataset: str | None = None,
     tight: bool = False,
+    proposals: str | None = None,
 ) -> dict[str, Any]:
     """Metrics of a workdir's detector on a split, also written and, by process 0, drawn and printed.
 
     which: "best" or "latest" weights. tight: see `common.pad_tightly`. None stands for what the config says.
     """
     sharding.start_processes()
-    config = checkpoint.read_config(workdir)
+    config = ml_collections.ConfigDict(checkpoint.read_config(workdir).to_dict())  # one of before a key may lack it
     config.data.data_dir = data_dir or config.data.data_dir
     config.data.dataset = dataset or config.data.dataset
     common.set_up_jax()
@@ -50,11 +54,19 @@ def evaluate(
     like = common.abstract_variables(detector, options.buckets[0], sharding.replicated(mesh))
     with checkpoint.Checkpoints(workdir) as checkpoints:
         variables, step = checkpoints.restore_weights(like, which)
-    results = detect_split(make_detect(detector), variables, mesh, split, options, config.eval_batch_size)
-    metrics = score_split(workdir, split, results)
+    regions = None
+    if config.model.get("detector") == "fast_rcnn":
+        regions = open_proposals(proposals or config.data.proposals_eval, split, options.max_proposals[1])
+    evaluator = Evaluator(detector, mesh, split, options, config.eval_batch_size, regions)
+    found = evaluator.detect(variables)
+    metrics = evaluator.score(workdir, found)
+    known = evaluator.analyse(workdir, variables, found)
     if sharding.process()[0] == 0:
-        draw_split(workdir, split, results, pictures)
-        print(evaluation.metrics_table(metrics))
+        evaluator.draw(workdir, found, pictures)
+        print(metrics_table(metrics))
+        print(analysis.octave_table(known["octaves"]))
+        if "errors" in known:
+            print(analysis.error_table(known["errors"]))
         print(f"step {step}, {len(split)} images; written to {workdir}/eval/{split.split}/")
     return metrics
 
@@ -64,7 +76,7 @@ def main(argv: Sequence[str]) -> None:
     del argv
     cli.check_required(workdir=_WORKDIR.value)
     where = _DATA_DIR.value, _DATASET.value
-    evaluate(_WORKDIR.value, _SPLIT.value, _CHECKPOINT.value, _PICTURES.value, *where, _TIGHT.value)
+    evaluate(_WORKDIR.value, _SPLIT.value, _CHECKPOINT.value, _PICTURES.value, *where, _TIGHT.value, _PROPOSALS.value)
 
 
 if __name__ == "__main__":

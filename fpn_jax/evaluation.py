@@ -62,27 +62,6 @@ def coco_results(
     ]
 
 
-def detections_by_image(
-    results: Sequence[dict[str, Any]], category_ids: Sequence[int]
-) -> dict[int, dict[str, np.ndarray]]:
-    """The way back from COCO results, to draw them: image id -> boxes f32 [d 4] xyxy, scores f32 [d], labels i32 [d].
-
-    Images without detections have no entry.
-    """
-    label_of = {category: label for label, category in enumerate(category_ids)}
-    rows: dict[int, list[dict[str, Any]]] = {}
-    for result in results:
-        rows.setdefault(result["image_id"], []).append(result)
-    found = {}
-    for image_id, of_image in rows.items():
-        boxes = np.array([row["bbox"] for row in of_image], np.float32)
-        boxes[:, 2:] += boxes[:, :2]
-        scores = np.array([row["score"] for row in of_image], np.float32)
-        labels = np.array([label_of[row["category_id"]] for row in of_image], np.int32)
-        found[image_id] = {"boxes": boxes, "scores": scores, "labels": labels}
-    return found
-
-
 def coco_metrics(ground_truth: dict[str, Any], results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """COCO's twelve numbers, each 0 .. 1 or None, over all classes; and per class.
 
@@ -93,20 +72,20 @@ def coco_metrics(ground_truth: dict[str, Any], results: Sequence[dict[str, Any]]
 
     Raises `UserError` for a result whose image or category the ground truth does not have, or that is not finite.
     """
-    _check_results(ground_truth, results)
+    check_results(ground_truth, results)
     truth = hotcoco.COCO(ground_truth)
     evaluator = hotcoco.COCOeval(truth, truth.load_res(list(results)), "bbox")
     evaluator.evaluate()
     evaluator.accumulate()
     precision, recall = evaluator.eval["precision"], evaluator.eval["recall"]
     metrics: dict[str, Any] = {
-        "AP": _mean(precision[:, :, :, 0, 2]),
-        "AP50": _mean(precision[0, :, :, 0, 2]),
-        "AP75": _mean(precision[5, :, :, 0, 2]),
+        "AP": known_mean(precision[:, :, :, 0, 2]),
+        "AP50": known_mean(precision[0, :, :, 0, 2]),
+        "AP75": known_mean(precision[5, :, :, 0, 2]),
     }
-    metrics |= {f"AP{area}": _mean(precision[:, :, :, i, 2]) for area, i in _AREAS.items() if area}
-    metrics |= {f"AR{limit}": _mean(recall[:, :, 0, i]) for limit, i in _LIMITS.items()}
-    metrics |= {f"AR{area}": _mean(recall[:, :, i, 2]) for area, i in _AREAS.items() if area}
+    metrics |= {f"AP{area}": known_mean(precision[:, :, :, i, 2]) for area, i in _AREAS.items() if area}
+    metrics |= {f"AR{limit}": known_mean(recall[:, :, 0, i]) for limit, i in _LIMITS.items()}
+    metrics |= {f"AR{area}": known_mean(recall[:, :, i, 2]) for area, i in _AREAS.items() if area}
 
     objects = [a for a in ground_truth["annotations"] if not a.get("iscrowd")]
     metrics["num_images"] = len(ground_truth["images"])
@@ -120,17 +99,17 @@ def coco_metrics(ground_truth: dict[str, Any], results: Sequence[dict[str, Any]]
         names[category]: {
             "category_id": category,
             "num_objects": counts[category],
-            "AP": _mean(precision[:, :, k, 0, 2]),
-            "AP50": _mean(precision[0, :, k, 0, 2]),
-            "AR100": _mean(recall[:, k, 0, 2]),
+            "AP": known_mean(precision[:, :, k, 0, 2]),
+            "AP50": known_mean(precision[0, :, k, 0, 2]),
+            "AR100": known_mean(recall[:, k, 0, 2]),
         }
         for k, category in enumerate(evaluator.params.cat_ids)
     }
     return metrics
 
 
-def _mean(values: np.ndarray) -> float | None:
-    """COCO marks what has no ground truth with -1 and leaves it out of every mean."""
+def known_mean(values: np.ndarray) -> float | None:
+    """The mean of any array of COCO's; it marks what has no ground truth with -1 and leaves it out of every mean."""
     values = values[values > -1]
     return float(values.mean()) if values.size else None
 
@@ -141,7 +120,8 @@ def _unique_names(categories: Sequence[dict[str, Any]]) -> dict[int, str]:
     return {c["id"]: c["name"] if names.count(c["name"]) == 1 else f"{c['name']} ({c['id']})" for c in categories}
 
 
-def _check_results(ground_truth: dict[str, Any], results: Sequence[dict[str, Any]]) -> None:
+def check_results(ground_truth: dict[str, Any], results: Sequence[dict[str, Any]]) -> None:
+    """Raise `UserError` for a result whose image or category the ground truth does not have, or that is not finite."""
     for key, table in (("image_id", "images"), ("category_id", "categories")):
         unknown = {result[key] for result in results} - {row["id"] for row in ground_truth[table]}
         if unknown:
@@ -169,7 +149,7 @@ def metrics_table(metrics: dict[str, Any], sort: str = "AP", width: int = 110) -
         f"{metrics['num_images']} images, {metrics['num_objects']} objects, {metrics['num_detections']} detections"
     ]
     for keys in (_PRECISIONS, _RECALLS):
-        lines += ["", "".join(f"{key:>11}" for key in keys), "".join(f"{_number(metrics[key]):>11}" for key in keys)]
+        lines += ["", "".join(f"{key:>11}" for key in keys), "".join(f"{number(metrics[key]):>11}" for key in keys)]
     rows = sorted(metrics["per_class"].items())
     if sort == "AP":
         rows.sort(key=lambda row: -1.0 if row[1]["AP"] is None else row[1]["AP"], reverse=True)
@@ -185,7 +165,7 @@ def _class_table(rows: list[tuple[str, dict[str, Any]]], width: int) -> list[str
 
     head = cell("class", "objects", "AP", "AP50", "AR100")
     cells = [
-        cell(name, str(row["num_objects"]), *(_number(row[key]) for key in ("AP", "AP50", "AR100")))
+        cell(name, str(row["num_objects"]), *(number(row[key]) for key in ("AP", "AP50", "AR100")))
         for name, row in rows
     ]
     gap = "   |   "
@@ -196,23 +176,24 @@ def _class_table(rows: list[tuple[str, dict[str, Any]]], width: int) -> list[str
     return lines + [gap.join(cells[i::height]) for i in range(height)]
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """A score as tables show it: three digits, or a dash where it has no meaning."""
     return "-" if value is None else f"{value:.3f}"
 
 
 def write(
-    workdir: str | Path, split: str, metrics: dict[str, Any], results: Sequence[dict[str, Any]]
-) -> tuple[Path, Path]:
-    """Write WORKDIR/eval/SPLIT/metrics.json and detections.json (COCO results); returns their paths.
+    workdir: str | Path, split: str, metrics: dict[str, Any], results: Sequence[dict[str, Any]] | None = None
+) -> None:
+    """Write WORKDIR/eval/SPLIT/metrics.json and, of results that are given, detections.json (COCO results).
 
     Each is written beside its place and then renamed, so that nobody ever reads half a file and a full disk leaves the
     previous one as it was. Raises `UserError` if a file cannot be written.
     """
     folder = Path(workdir) / "eval" / split
-    paths = folder / "metrics.json", folder / "detections.json"
-    _write_atomically(paths[1], lambda file: _dump_results(results, file))
-    _write_atomically(paths[0], lambda file: file.write(json.dumps(metrics, indent=2, allow_nan=False) + "\n"))
-    return paths
+    if results is not None:
+        write_atomically(folder / "detections.json", lambda file: _dump_results(results, file))
+    dumped = json.dumps(metrics, indent=2, allow_nan=False) + "\n"
+    write_atomically(folder / "metrics.json", lambda file: file.write(dumped))
 
 
 def _dump_results(results: Sequence[dict[str, Any]], file: TextIO) -> None:
@@ -223,7 +204,8 @@ def _dump_results(results: Sequence[dict[str, Any]], file: TextIO) -> None:
     file.write("\n]\n")
 
 
-def _write_atomically(path: Path, write_to: Callable[[TextIO], Any]) -> None:
+def write_atomically(path: Path, write_to: Callable[[TextIO], Any]) -> None:
+    """Let `write_to` fill a file beside `path`, in a folder that is made, then rename it. `UserError` if that fails."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -59,6 +59,13 @@ def main(argv: Sequence[str]) -> None:
     classes = common.Classes.read(_WORKDIR.value)
     options = common.pipeline_options(config)
     detector = common.make_detector(config, classes)
+    if config.model.get("detector") == "fast_rcnn":
+        raise UserError(
+            f"--workdir={_WORKDIR.value} is a Fast R-CNN, which needs proposals; run fpn_jax.evaluate on a data set "
+            "that has them, or predict with a Faster R-CNN"
+        )
+    if detector.class_agnostic:
+        classes = common.Classes(["object"], [1])
     like = common.abstract_variables(detector, options.buckets[0], sharding.replicated(mesh))
     with checkpoint.Checkpoints(_WORKDIR.value) as checkpoints:
         variables, _ = checkpoints.restore_weights(like, _CHECKPOINT.value)

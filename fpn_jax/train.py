@@ -16,17 +16,20 @@ from typing import Any
 import jax
 import ml_collections
 
-from fpn_jax import cli, common, evaluation, visualize
+from fpn_jax import cli, common, visualize
 from fpn_jax.data.datasets import Split
 from fpn_jax.data.pipeline import PipelineOptions, train_batches
 from fpn_jax.errors import UserError
-from fpn_jax.models.faster_rcnn import FasterRCNN
-from fpn_jax.scoring import detect_split, draw_split, score_split
+from fpn_jax.models import build_detector
+from fpn_jax.models.detector import Detector
+from fpn_jax.propose import open_proposals
+from fpn_jax.scoring import Evaluator, Found, metrics_table
+from fpn_jax.stages import train_stages
 from fpn_jax.training import checkpoint, sharding
 from fpn_jax.training.logs import MetricLog
 from fpn_jax.training.optim import make_optimizer, make_schedule
 from fpn_jax.training.state import inference_variables, init_variables, make_state
-from fpn_jax.training.step import make_detect, make_train_step
+from fpn_jax.training.step import make_train_step
 from fpn_jax.types import TrainState
 
 _CONFIG = cli.config_flag()
@@ -37,6 +40,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     """Run the experiment in workdir, or what is left of it, and return the metrics of the last evaluation."""
     sharding.start_processes()
     common.set_up_jax()
+    build_detector(config.model, 1)  # what cannot be built is told before anything is read
+    if config.stages:
+        return train_stages(config, workdir, train)
     rank, world = sharding.process()
     mesh = sharding.make_mesh()
     sharding.check_batch_size(mesh, config.batch_size // config.accumulate, "batch_size / accumulate")
@@ -48,6 +54,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     common.check_classes(classes, eval_split, workdir)
     options = common.pipeline_options(config)
     detector = common.make_detector(config, classes)
+    regions = _regions(config, train_split, eval_split)
+    evaluator = Evaluator(detector, mesh, eval_split, options, config.eval_batch_size, regions["eval"])
 
     claim = checkpoint.claim_workdir(workdir) if rank == 0 else contextlib.nullcontext()
     with claim, checkpoint.Checkpoints(workdir, writes=True) as checkpoints:
@@ -61,9 +69,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
             state, saved_position = found
             _check_same_data(saved_position, position, workdir)
         first = int(state.step)
-        batches = train_batches(
-            train_split, options, config.batch_size, config.seed, config.num_steps, rank=rank, world=world, start=first
-        )
+        order = {"rank": rank, "world": world, "start": first, "proposals": regions["train"]}
+        batches = train_batches(train_split, options, config.batch_size, config.seed, config.num_steps, **order)
         if rank == 0:
             changes = _changes(config, workdir)
             checkpoint.write_config(workdir, config)
@@ -72,7 +79,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
             log.message(_describe(state, mesh, train_split, options, first))
             for line in [*origin, *(changes if rank == 0 else [])]:
                 log.message(line)
-            run = _Run(config, workdir, mesh, eval_split, options, make_detect(detector), checkpoints, log)
+            run = _Run(config, workdir, evaluator, checkpoints, log)
             metrics = _finished(workdir) if first >= config.num_steps else None
             for step, host in zip(range(first + 1, config.num_steps + 1), batches, strict=False):
                 run.image_ids.append((step, host["image_id"].tolist()))
@@ -95,10 +102,7 @@ class _Run:
 
     config: ml_collections.ConfigDict
     workdir: str
-    mesh: Any
-    eval_split: Split
-    options: PipelineOptions
-    detect: Any
+    evaluator: Evaluator
     checkpoints: checkpoint.Checkpoints
     log: MetricLog
     image_ids: collections.deque = field(default_factory=lambda: collections.deque(maxlen=3))  # steps not yet checked
@@ -111,19 +115,21 @@ class _Run:
     def evaluate(self, state: TrainState, last: bool) -> dict[str, Any]:
         """Score the state and keep its weights if they are the best; the last time also draw and conclude."""
         self.check_finite(self.log.flush())
-        step, batch_size = int(state.step), self.config.eval_batch_size
+        step, split, main = int(state.step), self.evaluator.split, self.evaluator.main_metric
         variables = inference_variables(state)
-        results = detect_split(self.detect, variables, self.mesh, self.eval_split, self.options, batch_size)
-        metrics = score_split(self.workdir, self.eval_split, results)
+        found = self.evaluator.detect(variables)
+        metrics = self.evaluator.score(self.workdir, found)
         numbers = {f"eval/{name}": value for name, value in metrics.items() if name != "per_class"}
         self.log.write_now(step, numbers)
-        shown = "  ".join(f"{name} {metrics[name] or 0:.3f}" for name in ("AP", "AP50", "AP75", "AR100"))
-        self.log.message(f"step {step}, {len(self.eval_split)} images of {self.eval_split.split}: {shown}")
+        shown = "  ".join(f"{name} {metrics[name] or 0:.3f}" for name in self.evaluator.shown_metrics)
+        self.log.message(f"step {step}, {len(split)} images of {split.split}: {shown}")
         best = self.checkpoints.best_metrics()
-        if best is None or (metrics["AP"] or 0.0) > best["AP"]:
-            self.checkpoints.save_best(state, {"AP": metrics["AP"] or 0.0})
-        if last and sharding.process()[0] == 0:
-            self._conclude(results)
+        if best is None or (metrics[main] or 0.0) > best[main]:
+            self.checkpoints.save_best(state, {main: metrics[main] or 0.0})
+        if last:
+            self.evaluator.analyse(self.workdir, variables, found)
+            if sharding.process()[0] == 0:
+                self._conclude(found)
         return metrics
 
     def check_finite(self, written: tuple[int, dict[str, float]] | None) -> None:
@@ -140,17 +146,28 @@ class _Run:
                 "at these images, or lower optim.learning_rate or set optim.clip_norm, and run the same command"
             )
 
-    def _conclude(self, results: list[dict[str, Any]]) -> None:
+    def _conclude(self, found: list[Found]) -> None:
         """Pictures, the curve, and the scores at the top of the workdir, where a finished run is recognised by them."""
-        draw_split(self.workdir, self.eval_split, results, self.config.pictures)
+        self.evaluator.draw(self.workdir, found, self.config.pictures)
         folder = Path(self.workdir)
         visualize.curves(folder / "metrics.jsonl", folder / "curves.png")
-        shutil.copyfile(folder / "eval" / self.eval_split.split / "metrics.json", folder / "metrics.json")
+        shutil.copyfile(folder / "eval" / self.evaluator.split.split / "metrics.json", folder / "metrics.json")
+
+
+def _regions(config: ml_collections.ConfigDict, train_split: Split, eval_split: Split) -> dict[str, Any]:
+    """The proposals that a Fast R-CNN is trained and tested on, by "train" and "eval"; None for other detectors."""
+    if config.model.detector != "fast_rcnn":
+        return {"train": None, "eval": None}
+    most = dict(zip(("train", "eval"), config.data.max_proposals, strict=True))
+    return {
+        "train": open_proposals(config.data.proposals_train, train_split, most["train"]),
+        "eval": open_proposals(config.data.proposals_eval, eval_split, most["eval"]),
+    }
 
 
 def _starting_weights(
     config: ml_collections.ConfigDict,
-    detector: FasterRCNN,
+    detector: Detector,
     image_size: tuple[int, int],
     mesh: Any,
     checkpoints: checkpoint.Checkpoints,
@@ -227,7 +244,7 @@ def main(argv: Sequence[str]) -> None:
     config, workdir = _CONFIG.value, _WORKDIR.value
     metrics = train(config, workdir)
     if sharding.process()[0] == 0:
-        print(evaluation.metrics_table(metrics))
+        print(metrics_table(metrics))
         print(f"scores: {workdir}/metrics.json  curve: {workdir}/curves.png  pictures: ", end="")
         print(f"{workdir}/eval/{config.data.eval_split}/overview.jpg  TensorBoard: --logdir={workdir}/tensorboard")
 

@@ -25,6 +25,8 @@ class Batch:
     boxes: jax.Array  # float32 [b m 4]
     labels: jax.Array  # int32 [b m]
     valid: jax.Array  # bool [b m], False where a row of `boxes` is padding
+    proposals: jax.Array | None = None  # float32 [b r 4], best first, where regions are given (Fast R-CNN)
+    proposals_valid: jax.Array | None = None  # bool [b r]
 
 
 @flax.struct.dataclass

@@ -1,5 +1,4 @@
 import contextlib
-import copy
 import io
 import json
 import os
@@ -8,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
+from coco_oracle import mean, pycocotools, random_case
 
 from fpn_jax import evaluation
 from fpn_jax.errors import UserError
@@ -24,58 +22,15 @@ RESULT = {"image_id": 1, "category_id": 5, "bbox": [10, 10, 50, 50], "score": 0.
 
 def by_pycocotools(ground_truth, results):
     """The oracle: (twelve numbers, per class [AP, AP50, AR100]), None for its -1."""
+    evaluator = pycocotools(ground_truth, results)
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO()
-        truth.dataset = copy.deepcopy(ground_truth)
-        truth.createIndex()
-        if results:
-            found = truth.loadRes(copy.deepcopy(results))
-        else:  # loadRes cannot do without
-            found = COCO()
-            found.dataset = copy.deepcopy(ground_truth) | {"annotations": []}
-            found.createIndex()
-        evaluator = COCOeval(truth, found, "bbox")
-        evaluator.evaluate()
-        evaluator.accumulate()
         evaluator.summarize()
     precision, recall = evaluator.eval["precision"], evaluator.eval["recall"]
-
-    def mean(values):
-        return None if (values == -1).all() else values[values > -1].mean()
-
     per_class = [
         [mean(precision[:, :, k, 0, 2]), mean(precision[0, :, k, 0, 2]), mean(recall[:, k, 0, 2])]
         for k in range(precision.shape[2])
     ]
     return [None if value == -1 else value for value in evaluator.stats], per_class
-
-
-def random_case(rng):
-    """Crowds, ties of scores, areas on the borders of small and large, images without objects, a class without any."""
-    categories = [{"id": 3 * i + 2, "name": f"class {i}"} for i in range(rng.integers(1, 5))]
-    images = [
-        {"id": 7 * i + 1, "height": 300, "width": 400, "file_name": f"{i}.jpg"} for i in range(rng.integers(1, 7))
-    ]
-    ids = [category["id"] for category in categories]
-    annotations, results = [], []
-    for image in images:
-        for _ in range(rng.integers(0, 7)):
-            box = np.array([*rng.uniform(0, 200, 2), *np.exp(rng.uniform(1, 5.3, 2))]).round(rng.integers(0, 3))
-            area = float(rng.choice([box[2] * box[3], 0.6 * box[2] * box[3], 32.0**2, 96.0**2]))
-            ours = {"image_id": image["id"], "category_id": int(rng.choice(ids[: max(1, len(ids) - 1)]))}
-            annotations.append(ours | {"id": len(annotations) + 1, "bbox": box.tolist(), "area": area})
-            annotations[-1]["iscrowd"] = int(rng.random() < 0.2)
-            for _ in range(rng.integers(0, 4)):
-                moved = box + rng.normal(0, 0.1, 4) * box[[2, 3, 2, 3]] * rng.integers(0, 2)
-                category = ours["category_id"] if rng.random() < 0.8 else int(rng.choice(ids))
-                score = round(rng.random(), 1)
-                found = {"category_id": category, "bbox": [*moved[:2], *np.abs(moved[2:])], "score": score}
-                results.append(ours | found)
-        for _ in range(rng.integers(100, 130) if rng.random() < 0.2 else 0):  # more than COCO's 100 per image
-            box, score = rng.uniform(0, 200, 4).tolist(), round(rng.random(), 2)
-            results.append({"image_id": image["id"], "category_id": ids[0], "bbox": box, "score": score})
-    rng.shuffle(results)
-    return {"images": images, "annotations": annotations, "categories": categories}, results
 
 
 @pytest.fixture(scope="module")
@@ -161,12 +116,7 @@ def test_results_keep_order_ids_and_digits():
     ]
     assert np.float32(results[0]["score"]) == scores[0]
     json.dumps(results)
-    back = evaluation.detections_by_image(results, [5, 9])
-    assert list(back) == [42] and back[42]["labels"].tolist() == [1, 0]
-    np.testing.assert_allclose(back[42]["boxes"], boxes[valid], atol=1e-3)
-    np.testing.assert_array_equal(back[42]["scores"], scores[valid])
     assert evaluation.coco_results(np.zeros((0, 4)), [], [], [], 1, [5]) == []
-    assert evaluation.detections_by_image([], [5]) == {}
 
 
 def test_to_original_scales_each_axis_and_clips():
@@ -213,11 +163,8 @@ def test_the_table_is_sorted(sort, order):
 
 def test_write_leaves_two_files_that_read_back(tmp_path):
     metrics = evaluation.coco_metrics(truth(), [RESULT])
-    paths = evaluation.write(tmp_path, "valid", metrics, [RESULT, RESULT])
-    assert [str(path.relative_to(tmp_path)) for path in paths] == [
-        "eval/valid/metrics.json",
-        "eval/valid/detections.json",
-    ]
+    paths = [tmp_path / "eval" / "valid" / name for name in ("metrics.json", "detections.json")]
+    evaluation.write(tmp_path, "valid", metrics, [RESULT, RESULT])
     assert json.loads(paths[0].read_text()) == metrics and metrics["AP_small"] is None
     assert json.loads(paths[1].read_text()) == [RESULT, RESULT]
     evaluation.write(tmp_path, "valid", metrics, [])
@@ -227,7 +174,8 @@ def test_write_leaves_two_files_that_read_back(tmp_path):
 
 def test_a_write_that_fails_leaves_the_files_before(tmp_path, monkeypatch):
     metrics = evaluation.coco_metrics(truth(), [RESULT])
-    paths = evaluation.write(tmp_path, "valid", metrics, [RESULT])
+    paths = [tmp_path / "eval" / "valid" / name for name in ("metrics.json", "detections.json")]
+    evaluation.write(tmp_path, "valid", metrics, [RESULT])
 
     def full_disk(*_):
         raise OSError(28, "No space left on device")

@@ -19,7 +19,7 @@ from fpn_jax.models.necks.fpn import FPN
 from fpn_jax.training.state import init_variables
 
 ROOT = Path(__file__).parent.parent
-FILES = sorted((ROOT / "experiments").rglob("*.py"))
+FILES = sorted(p for p in (ROOT / "experiments").rglob("*.py") if p.parent.name != "ablations")
 
 
 def load(path):

@@ -24,7 +24,10 @@ ROOMS = {
     "training": ({"errors", "types", "ops", "models"}, READING),
     "weights": ({"errors", "types", "ops", "models"}, {"optax", "orbax"} | READING),
     "evaluation": ({"errors", "types", "ops", "data"}, DEVICE | {"ml_collections"}),
+    "recall": ({"errors", "types", "ops", "data", "evaluation"}, DEVICE | {"ml_collections"}),
+    "analysis": ({"errors", "types", "ops", "data", "evaluation", "recall"}, DEVICE | {"ml_collections"}),
     "visualize": ({"errors", "types", "ops", "data"}, DEVICE | {"ml_collections"}),
+    "reporting": ({"errors"}, DEVICE | READING | {"ml_collections"}),
 }
 # Everything else in fpn_jax (cli, common, train, evaluate, ...) and benchmarks: the entry floor, imports anything.
 
@@ -35,7 +38,7 @@ PACKAGES = {
     "orbax": ["fpn_jax/training/checkpoint.py"],
     "tensorflow_datasets": [f"fpn_jax/data/{x}.py" for x in ("datasets", "records", "scenes", "coco", "coco_files")],
     "grain": ["fpn_jax/data/pipeline.py"],
-    "hotcoco": ["fpn_jax/evaluation.py"],
+    "hotcoco": [f"fpn_jax/{x}.py" for x in ("evaluation", "recall", "analysis")],
     "tensorboardX": ["fpn_jax/training/logs.py"],
     "pycocotools": [],
     "tensorflow": [],
@@ -86,7 +89,7 @@ def violations(path: str, source: str) -> list[str]:
             found.append(f"{path}:{line}: {room} must not import {name}")
         if any(begins(name, package) for package in forbidden):
             found.append(f"{path}:{line}: {room} must not import {name}")
-        if folder == "experiments" and name.split(".")[0] not in ("ml_collections", "experiments"):
+        if folder == "experiments" and name.split(".")[0] not in ("ml_collections", "experiments", "typing"):
             found.append(f"{path}:{line}: experiments import each other and ml_collections, not {name}")
         for package, homes in PACKAGES.items():
             at_home = path in homes

@@ -36,11 +36,11 @@ def inference(detector: FasterRCNN) -> Callable[..., dict[str, Any]]:
     """
 
     def stages(self: FasterRCNN, image, size, rois):
+        batch = Batch(image, size, None, None, None)
         pixels = normalize_pixels(image, size, self.pixels, self.dtype)
         bottom_up = self.backbone(pixels)
         pyramid = self.neck(bottom_up)
-        proposals, *_ = self.propose(pyramid, image.shape[1:3], size, False)
-        logits, deltas = self.rpn_head({level: pyramid[level] for level in self.rpn_settings.levels})
+        logits, deltas, anchors = self.predict_anchors(pyramid, image.shape[1:3])
         pooled = box.roi_features(self.box_settings, pyramid, rois)
         fixed_logits, fixed_deltas = self.box_head(pooled)
         return {
@@ -49,10 +49,10 @@ def inference(detector: FasterRCNN) -> Callable[..., dict[str, Any]]:
             "pyramid": pyramid,
             "logits": logits,
             "deltas": deltas,
-            "proposals": proposals,
+            "proposals": self.propose(logits, deltas, anchors, size),
             "pooled": pooled,
             "fixed": (fixed_logits, fixed_deltas),
-            "detections": self.detect(image, size),
+            "detections": self.detect(batch),
         }
 
     return jax.jit(lambda variables, *args: detector.apply(variables, *args, method=stages))
@@ -91,7 +91,9 @@ def training(detector: FasterRCNN) -> Callable[..., tuple[Any, Any]]:
 
     def targets(self: FasterRCNN, batch: Batch):
         pyramid = self.features(batch.image, batch.size, True)
-        proposals, _, _, anchors = self.propose(pyramid, batch.image.shape[1:3], batch.size, True)
+        predicted = self.predict_anchors(pyramid, batch.image.shape[1:3])
+        proposals = self.propose(*predicted, batch.size, True)
+        anchors = jnp.concatenate([jnp.asarray(a) for a in predicted[2].values()])
 
         def label(boxes, valid):
             return rpn.label_anchors(self.rpn_settings, anchors, boxes, valid, None)

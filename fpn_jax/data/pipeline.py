@@ -10,6 +10,11 @@ A batch is a dict of NumPy arrays (b images, at most m objects each, one bucket)
     image_id       int64 [b]          the data set's own; -1 in padding rows
     original_size  int32 [b 2]        before resizing
     index          int32 [b]          number of the image in the split; -1 in padding rows
+
+and, where proposals are given, r of them for each image, which move with it as the boxes do:
+
+    proposals        float32 [b r 4]  x1 y1 x2 y2 in pixels of the resized image, best first
+    proposals_valid  bool [b r]       False where a row of proposals is padding
 """
 
 import logging
@@ -30,6 +35,7 @@ from fpn_jax.data.batching import (
 )
 from fpn_jax.data.datasets import Split
 from fpn_jax.data.decode import decode
+from fpn_jax.data.proposals import ProposalTable
 from fpn_jax.data.transforms import (
     INTERPOLATIONS,
     PIXELS,
@@ -65,6 +71,7 @@ class PipelineOptions:
     interpolation: str = "linear"  # as torchvision; "antialias" as detectron2; "area" averages where images shrink
     pixels: str = "uint8"  # of resized images, as detectron2; "float32" keeps them unrounded, as torchvision
     max_objects: int | None = None  # m; None: the split's most, rounded up to a multiple of 8. Fewer keep the largest
+    max_proposals: tuple[int, int] = (2000, 1000)  # r in training and in evaluation, of given proposals; the best stay
     skip_empty: bool = True  # leave out images without objects (crowds do not count), in training
     num_threads: int = 8  # that make a batch each, in every reading process; 0: batches are made when asked for
     num_workers: int = 0  # reading processes; 0: only the threads of this one
@@ -91,6 +98,10 @@ class PipelineOptions:
             )
         if not 0 <= self.flip <= 1:
             raise UserError(f"data.flip is {self.flip}; a probability lies between 0 and 1")
+        if len(self.max_proposals) != 2 or min(self.max_proposals) < 1:
+            raise UserError(
+                f"data.max_proposals is {self.max_proposals}; give two numbers > 0, for training and evaluation"
+            )
         for name, least in (("max_objects", 1), ("num_threads", 0), ("num_workers", 0), ("prefetch", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -106,13 +117,16 @@ def train_batches(
     rank: int = 0,
     world: int = 1,
     start: int = 0,
+    *,
+    proposals: ProposalTable | None = None,
 ) -> grain.DatasetIterator:
     """The batches of steps start .. num_steps - 1 (None: for ever), the part of process `rank` of `world` of each.
 
-    `batch_size` is that of all processes together. What a step holds depends on the split, the options, the batch size
-    and the seed alone, not on threads, workers or processes; a run continues with `start` or, given the same
-    arguments, with the iterator's own state. An image that cannot be read raises `UserError` when its batch is due.
-    Raises `UserError` if there is no image to train on, an image fits no bucket, or `world` does not divide the batch.
+    `batch_size` is that of all processes together. What a step holds depends on the split, the options, the batch
+    size, the seed and the proposals alone, not on threads, workers or processes; a run continues with `start` or, given
+    the same arguments, with the iterator's own state. An image that cannot be read raises `UserError` when its batch is
+    due. Raises `UserError` if there is no image to train on, an image fits no bucket, `proposals` lack an image that is
+    trained on, or `world` does not divide the batch. Each of data.num_workers gets a copy of the proposals.
     """
     _check_share(batch_size, world)
     rows = np.flatnonzero(split.num_objects > 0) if options.skip_empty else np.arange(len(split))
@@ -120,24 +134,37 @@ def train_batches(
         hint = "set data.skip_empty=False to train on images without" if len(split) else "prepare the data anew"
         raise UserError(f"{split.name}: no image of split {split.split!r} has objects; {hint}")
     members = _members(split, rows, options, max(options.shorter))
+    if proposals is not None:
+        proposals.check_covers(split, rows=rows)
     if rank == 0:
         _tell_of_surplus_objects(split, rows, options)
     schedule = TrainSchedule(members, batch_size, seed)
     end = _ENDLESS if num_steps is None else num_steps
-    return _iterate(_Batches(split, options, schedule, rank, world, max(end - start, 0), start, seed), options)
+    length = max(end - start, 0)
+    return _iterate(_Batches(split, options, schedule, rank, world, length, start, seed, proposals), options)
 
 
 def eval_batches(
-    split: Split, options: PipelineOptions, batch_size: int, rank: int = 0, world: int = 1
+    split: Split,
+    options: PipelineOptions,
+    batch_size: int,
+    rank: int = 0,
+    world: int = 1,
+    *,
+    proposals: ProposalTable | None = None,
 ) -> grain.DatasetIterator:
     """Every image of the split once, unaltered but for its size; the last batch of a bucket is padded.
 
-    All processes get the same number of batches, with one bucket per batch. Raises `UserError` as train_batches does.
+    All processes get the same number of batches, with one bucket per batch. Raises `UserError` as train_batches does;
+    `proposals` must have every image.
     """
     _check_share(batch_size, world)
+    if proposals is not None:
+        proposals.check_covers(split)
     members = _members(split, np.arange(len(split)), options, options.shorter[-1])
     schedule = EvalSchedule(members, batch_size)
-    return _iterate(_Batches(split, options, schedule, rank, world, len(schedule)), options)
+    batches = _Batches(split, options, schedule, rank, world, len(schedule), proposals=proposals)
+    return _iterate(batches, options)
 
 
 def image_batch(images: Sequence[np.ndarray], options: PipelineOptions) -> dict[str, np.ndarray]:
@@ -176,24 +203,33 @@ class _Batches:
         length: int,
         start: int = 0,
         seed: int | None = None,  # of the augmentation; None: there is none
+        proposals: ProposalTable | None = None,
     ):
         self._split, self._options, self._schedule = split, options, schedule
         self._rank, self._world, self._length, self._start, self._seed = rank, world, length, start, seed
         self._max_objects = options.max_objects or max(-(-split.max_objects // 8) * 8, 8)
+        self._proposals = proposals
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
         plan = local_rows(self._schedule.batch(self._start + int(step)), self._rank, self._world)
-        return _load(plan, self._split, self._options, self._max_objects, self._seed)
+        return _load(plan, self._split, self._options, self._max_objects, self._seed, self._proposals)
 
 
 def _load(
-    plan: PlannedBatch, split: Split, options: PipelineOptions, max_objects: int, seed: int | None
+    plan: PlannedBatch,
+    split: Split,
+    options: PipelineOptions,
+    max_objects: int,
+    seed: int | None,
+    proposals: ProposalTable | None,
 ) -> dict[str, np.ndarray]:
     """Read, decode, resize and flip the images of a plan."""
     batch = _empty_batch(len(plan.rows), options.buckets[plan.bucket], max_objects, options.pixels)
+    if proposals is not None:
+        batch |= _empty_proposals(len(plan.rows), options.max_proposals[0 if seed is not None else 1])
     for i, (row, epoch) in enumerate(zip(plan.rows.tolist(), plan.epochs.tolist(), strict=True)):
         if row < 0:
             continue
@@ -213,6 +249,11 @@ def _load(
         batch["valid"][i, :count] = True
         batch["size"][i], batch["original_size"][i] = size, original
         batch["image_id"][i], batch["index"][i] = split.index.image_id[row], row
+        if proposals is not None:
+            given, _ = proposals.of(split.index.image_id[row])
+            given = _moved_proposals(given, original, size, flip)[: batch["proposals"].shape[1]]
+            batch["proposals"][i, : len(given)] = given
+            batch["proposals_valid"][i, : len(given)] = True
     return batch
 
 
@@ -229,6 +270,10 @@ def _empty_batch(count: int, bucket: tuple[int, int], max_objects: int, pixels: 
         "original_size": sizes.copy(),
         "index": np.full(count, -1, np.int32),
     }
+
+
+def _empty_proposals(count: int, most: int) -> dict[str, np.ndarray]:
+    return {"proposals": np.zeros((count, most, 4), np.float32), "proposals_valid": np.zeros((count, most), bool)}
 
 
 def _image(split: Split, row: int, size: tuple[int, int], at_least: tuple[int, int] | None) -> np.ndarray:
@@ -250,6 +295,18 @@ def _targets(split: Split, row: int, max_objects: int) -> tuple[np.ndarray, np.n
         largest = np.argsort(-(x2 - x1) * (y2 - y1), kind="stable")[:max_objects]
         kept = kept[np.sort(largest)]
     return objects["boxes"][kept], objects["labels"][kept]
+
+
+def _moved_proposals(boxes: np.ndarray, original: tuple[int, int], size: tuple[int, int], flip: bool) -> np.ndarray:
+    """Proposals float32 [r 4] of an original image, as an RPN would have them in the resized one, in their order.
+
+    Clipped to the image, like ground truth when the data is prepared, and without those that have no area then, since
+    no RoI can be pooled or box regressed from nothing.
+    """
+    height, width = original
+    clipped = np.clip(boxes, 0, np.array([width, height, width, height], np.float32))
+    moved = resize_boxes(clipped, original, size, flip)
+    return moved[(moved[:, 2:] > moved[:, :2]).all(1)]
 
 
 def _members(split: Split, rows: np.ndarray, options: PipelineOptions, shorter: int) -> list[np.ndarray]:

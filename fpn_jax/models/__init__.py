@@ -1,26 +1,35 @@
 """From a config to a detector: the visible tables of what a config can name.
 
 To add a neck: write a module {l: C_l} -> {l: P_l} in `fpn_jax/models/necks/`, put it into NECKS, and say
-`config.model.neck.name = "yours"`; the other keys of `config.model.neck` become its attributes. Backbones alike.
+`config.model.neck.name = "yours"`; the other keys of `config.model.neck` become its attributes. Its
+`output_levels(received)` tells the levels it gives. Backbones and box heads alike.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
 from fpn_jax.errors import UserError
+from fpn_jax.models.backbones.image_pyramid import ImagePyramid
 from fpn_jax.models.backbones.mobilenet import MobileNetV3
 from fpn_jax.models.backbones.resnet import ResNet
+from fpn_jax.models.detector import Detector
+from fpn_jax.models.fast_rcnn import FastRCNN
 from fpn_jax.models.faster_rcnn import FasterRCNN
 from fpn_jax.models.heads.box import BoxHead, BoxSettings
+from fpn_jax.models.heads.conv5 import Conv5Head
 from fpn_jax.models.heads.rpn import RPNHead, RPNSettings
-from fpn_jax.models.layers import NORMS, ORDERS, Pixels
-from fpn_jax.models.necks.fpn import FPN
+from fpn_jax.models.layers import NORMS, ORDERS, UPSAMPLINGS, Pixels
+from fpn_jax.models.necks.fpn import ACTIVATIONS, FPN, MERGES, Bare
+from fpn_jax.models.rpn import RPN
 
+DETECTORS = {"rpn": RPN, "fast_rcnn": FastRCNN, "faster_rcnn": FasterRCNN}
 BACKBONES = {"resnet": ResNet, "mobilenet_v3": MobileNetV3}
-NECKS = {"fpn": FPN}
+NECKS = {"fpn": FPN, "none": Bare}
+BOX_HEADS = {"fc": BoxHead, "conv5": Conv5Head}
+PARTS = ("backbone", "neck", "rpn_head", "box_head")
 # Values that are names, of whatever part they belong to.
 CHOICES = {
     "norm": ("none", *NORMS),
@@ -30,35 +39,143 @@ CHOICES = {
     "normalizer": ("sampled", "nominal"),
     "sampling": ("random", "first"),
     "background": ("first", "last"),
+    "pooling": ("align", "pool"),
+    "upsampling": UPSAMPLINGS,
+    "merge": MERGES,
+    "activation": tuple(ACTIVATIONS),
 }
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+_OF_BACKBONE = (
+    "depth",
+    "width",
+    "groups",
+    "width_per_group",
+    "stride_in_1x1",
+    "norm",
+    "norm_eps",
+)  # conv5 has them, too
 
 
-def build_detector(model: Mapping[str, Any], num_classes: int) -> FasterRCNN:
-    """The detector that `config.model` describes. Raises `UserError` naming the key that does not fit."""
+def build_detector(model: Mapping[str, Any], num_classes: int) -> Detector:
+    """The detector that `config.model` describes. Raises `UserError` naming the key that does not fit.
+
+    model: keys that are missing (in workdirs of before there was a choice) have the defaults of the modules.
+    """
     dtype = _choose("model.dtype", DTYPES, model["dtype"])
+    detector = _choose("model.detector", DETECTORS, model.get("detector", "faster_rcnn"))
+    backbone = _backbone(model, dtype)
+    neck = _make("model.neck", NECKS, model["neck"], dtype=dtype)
+    levels = neck.output_levels(backbone.output_levels())
+    _check_doubling(backbone, neck)
+    parts: dict[str, Any] = {}
+    if issubclass(detector, RPN):
+        parts |= _rpn(model, levels, dtype)
+    if issubclass(detector, FastRCNN):
+        parts |= _fast_rcnn(model, levels, num_classes, dtype)
+    _check_channels(model, backbone, neck, parts)
+    frozen_parts = tuple(model.get("frozen_parts", ()))
+    for part in frozen_parts:
+        _choose("model.frozen_parts", dict.fromkeys(PARTS), part)
+    pixels = Pixels(**_fields("model.pixels", Pixels, model.get("pixels", {})))
+    return detector(backbone=backbone, neck=neck, pixels=pixels, frozen_parts=frozen_parts, dtype=dtype, **parts)
+
+
+def _backbone(model: Mapping[str, Any], dtype: Any) -> Any:
+    net = _make("model.backbone", BACKBONES, model["backbone"], dtype=dtype)
+    pyramid = model.get("image_pyramid", {})
+    if not pyramid.get("scales"):
+        return net
+    if len(set(pyramid["scales"])) < len(pyramid["scales"]):
+        raise UserError(f"model.image_pyramid.scales is {tuple(pyramid['scales'])}; name each scale once")
+    given = {"net": net, "dtype": dtype}
+    return ImagePyramid(**given, **_fields("model.image_pyramid", ImagePyramid, pyramid, given))
+
+
+def _rpn(model: Mapping[str, Any], levels: Sequence[int], dtype: Any) -> dict[str, Any]:
     settings = RPNSettings(**_fields("model.rpn", RPNSettings, model["rpn"]))
     if len(settings.sizes) != len(settings.levels):
         raise UserError(
             f"model.rpn.sizes has {len(settings.sizes)} rows for {len(settings.levels)} levels; give one per level"
         )
-    box_settings = BoxSettings(**_fields("model.box", BoxSettings, model["box"]))
-    return FasterRCNN(
-        backbone=_make("model.backbone", BACKBONES, model["backbone"], dtype=dtype),
-        neck=_make("model.neck", NECKS, model["neck"], dtype=dtype),
-        rpn_head=RPNHead(
-            len(settings.sizes[0]) * len(settings.ratios),
-            dtype=dtype,
-            **_fields("model.rpn_head", RPNHead, model.get("rpn_head", {})),
-        ),
-        box_head=BoxHead(
-            num_classes, box_settings.background, dtype=dtype, **_fields("model.box_head", BoxHead, model["box_head"])
-        ),
-        pixels=Pixels(**_fields("model.pixels", Pixels, model.get("pixels", {}))),
-        rpn_settings=settings,
-        box_settings=box_settings,
-        dtype=dtype,
-    )
+    _check_levels("rpn", settings.levels, levels)
+    if not all(isinstance(row, tuple) and row for row in settings.sizes):
+        raise UserError(f"model.rpn.sizes is {settings.sizes}; give a row of sizes for each level: ((32,), (64,), ...)")
+    counts = {len(sizes) for sizes in settings.sizes}
+    if len(counts) > 1:
+        raise UserError(
+            f"model.rpn.sizes has {' and '.join(map(str, sorted(counts)))} sizes in a row; give each level as many"
+        )
+    if not settings.ratios:
+        raise UserError("model.rpn.ratios is empty; give at least one, such as (1.0,)")
+    given = {"anchors": counts.pop() * len(settings.ratios), "dtype": dtype}
+    values = _fields("model.rpn_head", RPNHead, model.get("rpn_head", {}), given)
+    return {"rpn_head": RPNHead(**given, **values), "rpn_settings": settings}
+
+
+def _fast_rcnn(model: Mapping[str, Any], levels: Sequence[int], num_classes: int, dtype: Any) -> dict[str, Any]:
+    settings = BoxSettings(**_fields("model.box", BoxSettings, model["box"]))
+    _check_levels("box", settings.levels, levels)
+    if settings.pooling == "pool" and settings.aligned:
+        raise UserError(
+            "model.box.aligned is True: RoI pooling has no such; set it to False, or model.box.pooling=align"
+        )
+    values = {"name": "fc", **model["box_head"]}
+    extra: dict[str, Any] = {}
+    if values["name"] == "conv5":
+        if model["backbone"]["name"] != "resnet":
+            raise UserError(
+                "model.box_head.name is 'conv5', the last stage of a ResNet; set model.backbone.name=resnet"
+            )
+        extra = {name: model["backbone"][name] for name in _OF_BACKBONE if name in model["backbone"]}
+        if 5 in settings.levels:
+            raise UserError(f"model.box.levels is {settings.levels}: the head conv5 goes on from C4; set it to (4,)")
+    given = dict(num_classes=num_classes, background=settings.background, dtype=dtype, **extra)
+    head = _make("model.box_head", BOX_HEADS, values, **given)
+    if isinstance(head, BoxHead) and head.separate_levels and set(head.separate_levels) != set(settings.levels):
+        raise UserError(
+            f"model.box_head.separate_levels is {head.separate_levels}, model.box.levels is {settings.levels}: RoIs of "
+            "a level without a head would have none; name the same levels, or set separate_levels=()"
+        )
+    return {"box_head": head, "box_settings": settings}
+
+
+def _check_levels(key: str, wanted: Sequence[int], there: Sequence[int]) -> None:
+    if not wanted:
+        raise UserError(f"model.{key}.levels is empty; give at least one of {tuple(there)}")
+    for level in wanted:
+        if level not in there:
+            raise UserError(
+                f"model.{key}.levels is {tuple(wanted)}: model.neck gives levels {tuple(there)}, no level {level}"
+            )
+    if len(set(wanted)) < len(wanted):
+        raise UserError(f"model.{key}.levels is {tuple(wanted)}; name each level once")
+
+
+def _check_doubling(backbone: Any, neck: Any) -> None:
+    """A transposed convolution doubles the size, which levels 5 and 6 of a MobileNet have in common."""
+    if isinstance(backbone, MobileNetV3) and isinstance(neck, FPN) and neck.upsampling == "transposed":
+        levels = neck.levels or backbone.levels
+        if {5, 6} <= set(levels):
+            raise UserError(
+                "model.neck.upsampling is 'transposed', which doubles the size, but levels 5 and 6 of mobilenet_v3 are "
+                "of one size; set it to nearest or bilinear, or leave one of them out of model.neck.levels"
+            )
+
+
+def _check_channels(model: Mapping[str, Any], backbone: Any, neck: Any, parts: Mapping[str, Any]) -> None:
+    """Maps as the backbone gives them differ in channels, which weights that serve several levels cannot read."""
+    if not isinstance(neck, Bare) or isinstance(backbone, ImagePyramid):
+        return
+    if "rpn_head" in parts and parts["rpn_head"].shared and len(parts["rpn_settings"].levels) > 1:
+        raise UserError(
+            "model.rpn_head.shared is True, but model.neck.name=none gives levels of different channels; set it to "
+            "False, or model.neck.name=fpn with lateral=True and top_down=False"
+        )
+    if "box_head" in parts and len(parts["box_settings"].levels) > 1:
+        raise UserError(
+            f"model.box.levels is {parts['box_settings'].levels}, but model.neck.name=none gives levels of different "
+            "channels; take one of them, or model.neck.name=fpn with lateral=True and top_down=False"
+        )
 
 
 def _choose(key: str, table: Mapping[str, Any], name: str) -> Any:
@@ -69,14 +186,19 @@ def _choose(key: str, table: Mapping[str, Any], name: str) -> Any:
 
 def _make(key: str, table: Mapping[str, Callable[..., Any]], values: Mapping[str, Any], **extra: Any) -> Any:
     values = dict(values)
-    module = _choose(f"{key}.name", table, values.pop("name"))
-    return module(**_fields(key, module, values), **extra)
+    module = _choose(f"{key}.name", table, values.pop("name", None))
+    return module(**_fields(key, module, values, extra), **extra)
 
 
-def _fields(key: str, cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values as keyword arguments of the dataclass `cls`, lists as tuples (modules must be hashable)."""
+def _fields(key: str, cls: type, values: Mapping[str, Any], given: Collection[str] = ()) -> dict[str, Any]:
+    """The values as keyword arguments of the dataclass `cls`, lists as tuples (modules must be hashable).
+
+    given: names of the arguments that do not come from values.
+    """
     known = {field.name for field in dataclasses.fields(cls)}
     for name in values:
+        if name in (*given, "name", "parent"):
+            raise UserError(f"{key}.{name} follows from the rest of config.model; remove it")
         if name not in known:
             raise UserError(f"{key}.{name}: {cls.__name__} has no such attribute")
         if name in CHOICES:

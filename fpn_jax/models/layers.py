@@ -138,6 +138,44 @@ def upsample_nearest(x: jax.Array, size: tuple[int, int]) -> jax.Array:
     return x
 
 
+UPSAMPLINGS = ("nearest", "bilinear", "transposed")
+
+
+class Upsample(nn.Module):
+    """x [b h w c] -> [b height width c], to a `size` (height, width) of at most twice its own.
+
+    Attributes:
+        how: "nearest", without weights; "bilinear", with pixel centres at halves (no corners aligned); "transposed",
+            a 4x4 transposed convolution of stride 2 on each channel, which begins as bilinear doubling (Long et al.,
+            arXiv 1411.4038, section 3.3) and is cut to `size`.
+    """
+
+    how: str = "nearest"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, size: tuple[int, int]) -> jax.Array:
+        if self.how == "nearest":
+            return upsample_nearest(x, size)
+        if self.how == "bilinear":
+            return jax.image.resize(x, (x.shape[0], *size, x.shape[-1]), "linear").astype(self.dtype)
+        c = x.shape[-1]
+        tent = jnp.array([0.25, 0.75, 0.75, 0.25])
+        kernel = self.param(
+            "kernel", lambda _, shape: jnp.broadcast_to(jnp.outer(tent, tent)[..., None, None], shape), (4, 4, 1, c)
+        )
+        y = jax.lax.conv_general_dilated(
+            jnp.pad(x.astype(self.dtype), ((0, 0), (1, 1), (1, 1), (0, 0)), "edge"),
+            kernel.astype(self.dtype),
+            window_strides=(1, 1),
+            padding=((0, 0), (0, 0)),
+            lhs_dilation=(2, 2),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=c,
+        )
+        return y[:, : size[0], : size[1]]
+
+
 def max_pool(x: jax.Array, window: int, stride: int) -> jax.Array:
     """Maximum over windows of x [b h w c], padded by window // 2 on every side with values that never win.
 

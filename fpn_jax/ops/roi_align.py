@@ -14,11 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fpn_jax.ops.boxes import area
-
-# The gradient is scattered in so many pieces, and RoIs of unlike sizes are sorted into so many. On a CPU a piece then
-# stays in the cache (four times as fast as all at once, and one piece for each RoI is no faster); on an accelerator the
-# memory for a gigabyte of updates is saved.
-PIECES = 32
+from fpn_jax.ops.rounds import IMAGES, Pieces, Table, in_pieces, map_table, pyramid_table, sort_into_pieces
 
 
 def roi_levels(
@@ -29,13 +25,10 @@ def roi_levels(
     floor(k0 + log2(sqrt(area) / canonical) + eps), clamped to `levels`. Empty boxes belong to the lowest.
     Source: FPN, equation 1; eps as in torchvision.
     """
-    return jnp.asarray(levels, jnp.int32)[_position(boxes, levels, k0, canonical, eps)]
-
-
-def _position(boxes: jax.Array, levels: Sequence[int], k0: int, canonical: float, eps: float) -> jax.Array:
     # Compared with the area where each level begins: a logarithm is not exact at the boundaries on all devices.
     begins = np.float32([(canonical * 2.0 ** (level - k0 - eps)) ** 2 for level in levels[1:]])
-    return (area(boxes.astype(jnp.float32))[..., None] >= begins).sum(-1, dtype=jnp.int32)
+    position = (area(boxes.astype(jnp.float32))[..., None] >= begins).sum(-1, dtype=jnp.int32)
+    return jnp.asarray(levels, jnp.int32)[position]
 
 
 def roi_align(
@@ -55,11 +48,8 @@ def roi_align(
     aligned False (torchvision's models) stretches RoIs to at least one cell; True (detectron2's) shifts them by half a
     cell, so that a cell's value sits at its centre.
     """
-    h, w, c = feature.shape
-    table = _Table(*(jnp.full(rois.shape[0], x, jnp.int32) for x in (0, h, w)), jnp.float32(scale))
-    axes = _points(rois, table, size, sampling_ratio, aligned)
-    cells = jnp.asarray(feature).reshape(1, h * w, c)
-    return _align_images(cells, jax.tree.map(lambda x: x[None], axes), size, sampling_ratio)[0]
+    cells, table = map_table(feature, rois.shape[0], scale)
+    return _align_images(cells, rois[None], table, size, sampling_ratio, aligned)[0]
 
 
 def multilevel_roi_align(
@@ -76,34 +66,18 @@ def multilevel_roi_align(
 
     rois [b r 4] in pixels; a cell of level l is 2**l pixels wide. The rest as for `roi_align` and `roi_levels`.
     """
-    levels = sorted(pyramid)
-    heights, widths = (np.int32([pyramid[level].shape[axis] for level in levels]) for axis in (1, 2))
-    starts = np.cumsum(heights * widths, dtype=np.int32) - heights * widths
-    scales = np.float32([2.0**-level for level in levels])
-    cells = jnp.concatenate([x.reshape(x.shape[0], -1, x.shape[-1]) for x in map(pyramid.get, levels)], axis=1)
-
-    def points(rois):
-        position = _position(rois, levels, k0, canonical, eps)
-        table = _Table(*(jnp.asarray(x)[position] for x in (starts, heights, widths, scales)))
-        return _points(rois, table, size, sampling_ratio, aligned)
-
-    return _align_images(cells, jax.vmap(points)(rois), size, sampling_ratio)
+    cells, table = pyramid_table(pyramid, roi_levels(rois, sorted(pyramid), k0, canonical, eps))
+    return _align_images(cells, rois, table, size, sampling_ratio, aligned)
 
 
-def _align_images(cells: jax.Array, axes: "tuple[_Axis, _Axis]", size: int, sampling_ratio: int) -> jax.Array:
-    """cells [b n c], points of r RoIs in each image -> [b r size size c]."""
+def _align_images(
+    cells: jax.Array, rois: jax.Array, table: Table, size: int, sampling_ratio: int, aligned: bool
+) -> jax.Array:
+    """cells [b n c], rois [b r 4] in pixels -> [b r size size c]."""
+    axes = jax.vmap(lambda rois, table: _points(rois, table, size, sampling_ratio, aligned))(rois, table)
     if sampling_ratio > 0:
         return jax.vmap(lambda cells, axes: _align(cells, axes, size, sampling_ratio))(cells, axes)
     return _align_adaptive(cells, axes, size)
-
-
-class _Table(NamedTuple):
-    """Where the map of each RoI lies in the table of cells."""
-
-    start: jax.Array  # int32 [r], row of the map's first cell
-    height: jax.Array  # int32 [r]
-    width: jax.Array  # int32 [r]
-    scale: jax.Array  # float32 [r] or [], cells per pixel
 
 
 class _Axis(NamedTuple):
@@ -117,8 +91,8 @@ class _Axis(NamedTuple):
     offset: jax.Array  # int32, row of the table of cell 0
 
 
-def _points(rois: jax.Array, table: _Table, size: int, sampling_ratio: int, aligned: bool) -> tuple[_Axis, _Axis]:
-    """The (vertical, horizontal) sampling points of rois [r 4]."""
+def _points(rois: jax.Array, table: Table, size: int, sampling_ratio: int, aligned: bool) -> tuple[_Axis, _Axis]:
+    """The (vertical, horizontal) sampling points of rois [r 4], table of [r]."""
     corners = rois.astype(jnp.float32) * table.scale[..., None] - (0.5 if aligned else 0.0)
     sides = corners[:, 2:] - corners[:, :2]
     if not aligned:
@@ -187,11 +161,6 @@ def _align_forward(cells, axes, size, sampling_ratio):
 
 def _align_backward(size, sampling_ratio, residual, gradient):
     cells, axes = residual
-    pieces, piece = _cut(gradient.shape[0])
-
-    def cut(x):  # padding RoIs have no gradient to scatter
-        padding = [(0, pieces * piece - len(x))] + [(0, 0)] * (x.ndim - 1)
-        return jnp.pad(x, padding).reshape(pieces, piece, *x.shape[1:])
 
     def scatter_piece(total, inputs):
         axes, gradient = inputs
@@ -199,7 +168,7 @@ def _align_backward(size, sampling_ratio, residual, gradient):
             total = _scatter_point(total, gradient, axes, y, x)
         return total, None
 
-    inputs = jax.tree.map(cut, (axes, gradient.astype(jnp.float32)))
+    inputs = jax.tree.map(in_pieces, (axes, gradient.astype(jnp.float32)))  # where no RoI is, no gradient either
     total, _ = jax.lax.scan(scatter_piece, jnp.zeros(cells.shape, jnp.float32), inputs)
     return total.astype(cells.dtype), None
 
@@ -207,87 +176,49 @@ def _align_backward(size, sampling_ratio, residual, gradient):
 _align.defvjp(_align_forward, _align_backward)
 
 
-def _cut(r: int) -> tuple[int, int]:
-    """(number of pieces, RoIs in each) for r RoIs."""
-    piece = max(-(-r // PIECES), 1)
-    return -(-r // piece), piece
-
-
-class _Rounds(NamedTuple):
-    """The order in which RoIs of different numbers of points are worked through, one point of one piece a round.
-
-    A piece holds RoIs of about equally many points, so that few of them wait for others. All images take the same
-    rounds: under `vmap` a loop with a bound of each image's own would copy all that it carries in every round.
-    """
-
-    axes: tuple[_Axis, _Axis]  # of the RoIs, in pieces [b pieces piece]
-    source: jax.Array  # int32 [b pieces piece], the RoI at each place; r where there is none
-    place: jax.Array  # int32 [b r], where each RoI is, counted through the pieces
-    first: jax.Array  # int32 [pieces + 1], the round in which each piece begins, and the number of rounds
-
-
-def _rounds(axes: tuple[_Axis, _Axis]) -> _Rounds:
-    """axes: of [b r]."""
-    b, r = axes[0].start.shape
-    pieces, piece = _cut(r)
-    order = jnp.argsort(-axes[0].points * axes[1].points, axis=1, stable=True).astype(jnp.int32)
-
-    def cut(x, fill=0):
-        padding = ((0, 0), (0, pieces * piece - r))
-        return jnp.pad(x, padding, constant_values=fill).reshape(b, pieces, piece)
-
-    axes = jax.tree.map(lambda x: cut(jnp.take_along_axis(x, order, 1)), axes)
-    most = (axes[0].points * axes[1].points).max((0, 2)).astype(jnp.int32)
-    first = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(most, dtype=jnp.int32)])
-    return _Rounds(axes, cut(order, r), jnp.argsort(order, axis=1).astype(jnp.int32), first)
-
-
 def _align_adaptive(cells: jax.Array, axes: tuple[_Axis, _Axis], size: int) -> jax.Array:
     """cells [b n c], points of r RoIs in each image, different ones for each -> [b r size size c]."""
     b, r = axes[0].start.shape
     if r == 0:
         return jnp.zeros((b, 0, size, size, cells.shape[-1]), cells.dtype)
-    rounds = _rounds(axes)
-    batched = _Rounds(axes=0, source=0, place=0, first=None)
-    return jax.vmap(lambda cells, rounds: _align_rounds(cells, rounds, size), in_axes=(0, batched))(cells, rounds)
+    pieces, place = sort_into_pieces(axes, axes[0].points, axes[1].points)
+    align = jax.vmap(lambda cells, pieces, place: _align_pieces(cells, pieces, place, size), in_axes=(0, IMAGES, 0))
+    return align(cells, pieces, place)
 
 
-def _round(rounds: _Rounds, t: jax.Array) -> tuple[jax.Array, tuple[_Axis, _Axis], jax.Array, jax.Array]:
-    """What round t does: (piece, its axes, row and column [piece] of the point in the bin of each RoI)."""
-    piece = jnp.searchsorted(rounds.first, t, side="right") - 1
-    axes = jax.tree.map(lambda x: x[piece], rounds.axes)
-    columns = jnp.maximum(axes[1].points, 1).astype(jnp.int32)
-    point = t - rounds.first[piece]
-    return piece, axes, point // columns, point % columns  # a row beyond a RoI's own weighs nothing
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _align_rounds(cells: jax.Array, rounds: _Rounds, size: int) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _align_pieces(cells: jax.Array, pieces: Pieces, place: jax.Array, size: int) -> jax.Array:
     """As `_align`, for RoIs in pieces."""
 
-    def add(t, out):
-        piece, axes, y, x = _round(rounds, t)
-        return out.at[piece].set(_add_point(out[piece], cells, axes, y, x))
+    def align_piece(piece):
+        def add(t, out):
+            return _add_point(out, cells, piece.rois, *piece.point(t))
 
-    out = jnp.zeros((*rounds.source.shape, size, size, cells.shape[1]), jnp.float32)
-    out = jax.lax.fori_loop(0, rounds.first[-1], add, out)
-    return out.reshape(-1, *out.shape[2:])[rounds.place].astype(cells.dtype)
+        out = jnp.zeros((*piece.source.shape, size, size, cells.shape[1]), jnp.float32)
+        return jax.lax.fori_loop(0, piece.rounds, add, out)
 
-
-def _rounds_forward(cells, rounds, size):
-    return _align_rounds(cells, rounds, size), (cells, rounds)
+    out = jax.lax.map(align_piece, pieces)
+    return out.reshape(-1, *out.shape[2:])[place].astype(cells.dtype)
 
 
-def _rounds_backward(size, residual, gradient):
-    cells, rounds = residual
+def _pieces_forward(cells, pieces, place, size):
+    return _align_pieces(cells, pieces, place, size), (cells, pieces)
+
+
+def _pieces_backward(size, residual, gradient):
+    cells, pieces = residual
     gradient = jnp.pad(gradient.astype(jnp.float32), ((0, 1), (0, 0), (0, 0), (0, 0)))  # no RoI, no gradient
 
-    def scatter(t, total):
-        piece, axes, y, x = _round(rounds, t)
-        return _scatter_point(total, gradient[rounds.source[piece]], axes, y, x)
+    def scatter_piece(total, piece):
+        own = gradient[piece.source]
 
-    total = jax.lax.fori_loop(0, rounds.first[-1], scatter, jnp.zeros(cells.shape, jnp.float32))
-    return total.astype(cells.dtype), None
+        def scatter(t, total):
+            return _scatter_point(total, own, piece.rois, *piece.point(t))
+
+        return jax.lax.fori_loop(0, piece.rounds, scatter, total), None
+
+    total, _ = jax.lax.scan(scatter_piece, jnp.zeros(cells.shape, jnp.float32), pieces)
+    return total.astype(cells.dtype), None, None
 
 
-_align_rounds.defvjp(_rounds_forward, _rounds_backward)
+_align_pieces.defvjp(_pieces_forward, _pieces_backward)

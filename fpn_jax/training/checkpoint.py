@@ -136,6 +136,10 @@ class Checkpoints:
             self._best.close()
             self._initial.close()
 
+    def chosen_step(self, which: str) -> int:
+        """The step of the weights that `restore_weights` would take."""
+        return self._chosen(which)[1]
+
     def saved_weights(self, which: str) -> tuple[dict[str, Any], int]:
         """As `restore_weights`, of whatever architecture they are, on this process's first device."""
         saved = self._saved(*self._chosen(which), "weights")

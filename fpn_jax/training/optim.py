@@ -51,7 +51,7 @@ def make_optimizer(
     Args:
         params: float32 arrays or shapes, to know which leaves are decayed: those with more than one dimension, unless
             `decay_norms_and_biases`.
-        frozen: beginnings of the parameter paths that keep their values, see `FasterRCNN.frozen`.
+        frozen: beginnings of the parameter paths that keep their values, see `Detector.frozen`.
     """
     decayed = tree_of_paths(params, lambda path, x: x.ndim > 1 or optim["decay_norms_and_biases"])
     scaled = optax.scale_by_learning_rate(schedule)

@@ -25,6 +25,8 @@ def start_processes() -> None:
     """
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     given = [os.environ.get(name) for name in names]
+    if jax.distributed.is_initialized():
+        return
     if any(given):
         if not all(given):
             missing = [name for name, value in zip(names, given, strict=True) if not value]
@@ -32,6 +34,12 @@ def start_processes() -> None:
         jax.distributed.initialize(given[0], int(given[1]), int(given[2]))
     elif int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 or "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
         jax.distributed.initialize()
+
+
+def wait_for_all(what: str) -> None:
+    """Until every process has come here, so that all find the files that process 0 has written."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
 
 
 def process() -> tuple[int, int]:
@@ -70,7 +78,7 @@ def check_batch_size(mesh: Mesh, batch_size: int, key: str) -> None:
 
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> Batch:
     """This process's rows of a host batch -> the global batch, split over the mesh."""
-    fields = {name: batch[name] for name in Batch.__dataclass_fields__}
+    fields = {name: batch[name] for name in Batch.__dataclass_fields__ if name in batch}
     with jax.transfer_guard("allow"):
         return Batch(**jax.tree.map(lambda x: jax.make_array_from_process_local_data(split(mesh), x), fields))
 

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fpn_jax.models.faster_rcnn import FasterRCNN
+from fpn_jax.models.detector import Detector
 from fpn_jax.types import Batch, TrainState
 
 
-def init_variables(detector: FasterRCNN, image_size: tuple[int, int], seed: int) -> dict[str, Any]:
+def init_variables(detector: Detector, image_size: tuple[int, int], seed: int) -> dict[str, Any]:
     """Fresh variables {"params": ..., "batch_stats": ...}; image_size is one bucket, its values do not matter."""
     height, width = image_size
     batch = Batch(
@@ -19,6 +19,8 @@ def init_variables(detector: FasterRCNN, image_size: tuple[int, int], seed: int)
         boxes=jnp.zeros((1, 1, 4)),
         labels=jnp.zeros((1, 1), jnp.int32),
         valid=jnp.zeros((1, 1), bool),
+        proposals=jnp.zeros((1, 1, 4)),
+        proposals_valid=jnp.zeros((1, 1), bool),
     )
     key = jax.random.key(seed)
 
@@ -42,5 +44,5 @@ def make_state(variables: dict[str, Any], optimizer: optax.GradientTransformatio
 
 
 def inference_variables(state: TrainState) -> dict[str, Any]:
-    """What `FasterRCNN.detect` runs with: the averaged parameters where there are any."""
+    """What `detect` runs with: the averaged parameters where there are any."""
     return {"params": state.ema_params or state.params, "batch_stats": state.batch_stats}

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fpn_jax.models.faster_rcnn import FasterRCNN
+from fpn_jax.models.detector import Detector
 from fpn_jax.training.optim import Schedule
 from fpn_jax.types import Batch, Detections, TrainState
 
@@ -15,7 +15,7 @@ Metrics = dict[str, jax.Array]
 
 
 def make_train_step(
-    detector: FasterRCNN,
+    detector: Detector,
     optimizer: optax.GradientTransformation,
     schedule: Schedule,
     seed: int,
@@ -70,10 +70,15 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0)
 
 
-def make_detect(detector: FasterRCNN) -> Callable[[dict[str, Any], Batch], Detections]:
+def make_level_counts(detector: Detector) -> Callable[[dict[str, Any], Batch], Any]:
+    """counts(variables, batch) -> {part: {what: int32 [b l]}}, see `Detector`; jitted."""
+    return jax.jit(lambda variables, batch: detector.apply(variables, batch, method="level_counts"))
+
+
+def make_detect(detector: Detector) -> Callable[[dict[str, Any], Batch], Detections]:
     """detect(variables, batch) -> detections in pixels of the resized image, jitted."""
 
     def detect(variables: dict[str, Any], batch: Batch) -> Detections:
-        return detector.apply(variables, batch.image, batch.size, method="detect")
+        return detector.apply(variables, batch, method="detect")
 
     return jax.jit(detect)

@@ -6,6 +6,7 @@ Reading runs nothing that a file holds. Torch is used where it is installed, and
 import contextlib
 import math
 import os
+import re
 import struct
 import warnings
 import zipfile
@@ -57,17 +58,30 @@ def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """
     path = Path(path)
     kind = _kind(path, _read_head(path))
-    try:
-        with _opened(path, kind) as tree:
-            return _arrays(tree, drop_momentum=kind == "pickle")
-    except FormatError as error:
-        raise UserError(_one_line(f"{path}: {error}")) from None
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(_one_line(f"{path}: cannot be read ({reason}); check the file and its permissions")) from None
-    except Exception as error:  # torn or hostile bytes make parsers raise anything at all
-        what = f"incomplete, damaged or no file of weights ({type(error).__name__}: {error})"
-        raise UserError(_one_line(f"{path}: {what[:300]}; fetch or save it again")) from error
+    with _faults_told(path, "weights"), _opened(path, kind) as tree:
+        return _arrays(tree, drop_momentum=kind == "pickle")
+
+
+def read_proposals_pickle(path: str | os.PathLike) -> dict[str, Any]:
+    """What a file of proposals of Detectron or detectron2 holds, .pkl, for `data.proposals.ProposalTable.from_lists`.
+
+        ids        n integers
+        boxes      n arrays [n_i 4], of whatever shape and values the file has
+        scores     n arrays [n_i], or None if it has none
+        bbox_mode  0: boxes are x1 y1 x2 y2 (all of Detectron's), 1: x y width height
+
+    Raises `UserError` if the file is not there, not whole, has other entries, or holds anything but arrays and plain
+    values: nothing that a pickle wants to call is ever called.
+    """
+    path = Path(path)
+    _read_head(path, "proposals", (".pkl",))
+    with _faults_told(path, "proposals"):
+        try:
+            tree = torch_files.read_pickle(path.read_bytes())
+        except FormatError as error:
+            what = str(error).partition("; ")[0]  # what to do about it is another thing with weights
+            raise FormatError(f"{what}; save a dict of boxes, scores and ids, lists of NumPy arrays") from None
+        return _proposals(tree)
 
 
 def write_arrays(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
@@ -97,12 +111,27 @@ def write_arrays(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> N
             temporary.unlink(missing_ok=True)
 
 
-def _read_head(path: Path) -> bytes:
+@contextlib.contextmanager
+def _faults_told(path: Path, what: str) -> Iterator[None]:
+    """Whatever goes wrong inside becomes a `UserError` about a file of weights or proposals."""
+    try:
+        yield
+    except FormatError as error:
+        raise UserError(_one_line(f"{path}: {error}")) from None
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(_one_line(f"{path}: cannot be read ({reason}); check the file and its permissions")) from None
+    except Exception as error:  # torn or hostile bytes make parsers raise anything at all
+        fault = f"incomplete, damaged or no file of {what} ({type(error).__name__}: {error})"
+        raise UserError(_one_line(f"{path}: {fault[:300]}; fetch or save it again")) from error
+
+
+def _read_head(path: Path, what: str = "weights", suffixes: tuple[str, ...] = READABLE) -> bytes:
     """The first bytes of a file that may be one of weights. Raises a `UserError` for what people give by mistake."""
     if path.is_dir():
-        raise UserError(f"{path}: is a folder; give a file of weights in it")
-    if path.suffix not in READABLE:
-        raise UserError(f"{path}: files of weights end in {', '.join(READABLE)}; give such a file or rename it")
+        raise UserError(f"{path}: is a folder; give a file of {what} in it")
+    if path.suffix not in suffixes:
+        raise UserError(f"{path}: files of {what} end in {', '.join(suffixes)}; give such a file or rename it")
     try:
         with open(path, "rb") as file:
             head = file.read(1024)
@@ -115,7 +144,7 @@ def _read_head(path: Path) -> bytes:
     if head.startswith(b"version https://git-lfs"):
         raise UserError(f"{path}: a pointer of git-lfs and not the file itself; run: git lfs pull")
     if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise UserError(f"{path}: a web page and not a file of weights; download the file that the page is about")
+        raise UserError(f"{path}: a web page and not a file of {what}; download the file that the page is about")
     return head
 
 
@@ -225,6 +254,45 @@ def _entries(tree: Any) -> dict[str, Any]:
             return entries
         tree = entries[envelope]
     raise FormatError(f"holds a {type(tree).__name__} and not arrays by their names; save model.state_dict()")
+
+
+def _proposals(tree: Any) -> dict[str, Any]:
+    """The entries of a file of proposals. Raises `FormatError` for others."""
+    if not isinstance(tree, dict):
+        raise FormatError(f"holds a {type(tree).__name__}; save a dict of boxes, scores and ids")
+    entries = {key.decode("latin1") if isinstance(key, bytes) else str(key): value for key, value in tree.items()}
+    found = {}
+    for name, other in (("ids", "indexes"), ("boxes", "boxes"), ("scores", "objectness_logits")):
+        value = entries.get(name, entries.get(other))
+        value = value.array() if hasattr(value, "array") else value
+        if isinstance(value, list | tuple | np.ndarray):
+            found[name] = value if isinstance(value, list) else list(value)
+        elif name == "scores" and value is None:
+            found[name] = None
+        else:
+            shown = ", ".join(list(entries)[:8]) or "nothing"
+            raise FormatError(f"has no list of {name} (it has {shown}); save a dict of boxes, scores and ids")
+    found["ids"] = [_image_id(value, i) for i, value in enumerate(found["ids"])]
+    for name in ("boxes", "scores"):
+        for i, value in enumerate(found[name] or ()):
+            try:
+                # In its place, so that what was read is not kept beside what comes of it.
+                found[name][i] = value.array() if hasattr(value, "array") else value
+            except FormatError as error:
+                raise FormatError(f"{name}[{i}] {error}") from None
+    mode = entries.get("bbox_mode", 0)
+    mode = mode.array() if hasattr(mode, "array") else mode
+    if mode not in (0, 1):
+        raise FormatError(f"bbox_mode is {mode}; save boxes in pixels, 0 (x1 y1 x2 y2) or 1 (x y width height)")
+    return found | {"bbox_mode": int(mode)}
+
+
+def _image_id(value: Any, position: int) -> int:
+    value = value.array() if hasattr(value, "array") else value
+    text = value.decode("latin1") if isinstance(value, bytes) else str(value)  # some files have texts of digits
+    if not re.fullmatch(r"-?\d{1,18}", text):
+        raise FormatError(f"ids[{position}] is {text[:80]!r}; image ids must be integers, the data set's own")
+    return int(text)
 
 
 def _widened(array: np.ndarray) -> np.ndarray:

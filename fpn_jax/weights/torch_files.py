@@ -41,6 +41,8 @@ DTYPES = {
     "quint4x2": ("QUInt4x2Storage", None, 1),
     "quint2x4": ("QUInt2x4Storage", None, 1),
 }
+_BOX_MODE = "detectron2.structures.boxes.BoxMode"  # an enum in its files of proposals, whose members count from 0
+_BOX_MODES = ("XYXY_ABS", "XYWH_ABS", "XYXY_REL", "XYWH_REL", "XYWHA_ABS")
 _STORAGES = {storage: dtype for dtype, (storage, _, _) in DTYPES.items()} | {"UntypedStorage": "uint8"}
 
 
@@ -179,10 +181,21 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
+def _member(kind: Any, name: str) -> int:
+    """What getattr is called for: some versions of Python pickle a member of an enum so."""
+    if not isinstance(kind, _Global) or kind.name != _BOX_MODE or name not in _BOX_MODES:
+        raise FormatError(
+            "has a pickle that calls getattr, which could run any code and is refused; save the weights alone"
+        )
+    return _BOX_MODES.index(name)
+
+
 _CALLS: dict[str, Callable[..., Any] | None] = {
     "collections.OrderedDict": _dict,
     "collections.Counter": _dict,
     "argparse.Namespace": lambda *_: {},  # torchvision's training script puts its flags beside the weights
+    _BOX_MODE: lambda value: int(value),  # its members are integers
+    "builtins.getattr": _member,
     "builtins.set": list,
     "builtins.frozenset": list,
     "builtins.bytes": lambda: b"",  # protocol 2 has no bytes: these are none, _codecs.encode makes some

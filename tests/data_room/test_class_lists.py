@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -101,10 +102,11 @@ def test_scores_and_results_are_the_same_with_any_list(tmp_path):
         following = np.arange(len(split.category_ids))
         labels = [split.category_ids.index(i) for i in COCO]
         following[labels] = labels[1:] + labels[:1]
-        detect = jax.jit(detect_some)
-        results = scoring.detect_split(detect, jnp.asarray(following), mesh, split, OPTIONS, 8)
-        found[name] = results, scoring.score_split(str(tmp_path / name), split, results)
-        scoring.draw_split(str(tmp_path / name), split, results, 2)
+        evaluator = scoring.Evaluator(SimpleNamespace(class_agnostic=False), mesh, split, OPTIONS, 8)
+        vars(evaluator)["_detect"] = jax.jit(detect_some)
+        of_images = evaluator.detect(jnp.asarray(following))
+        found[name] = evaluator.results(of_images), evaluator.score(str(tmp_path / name), of_images)
+        evaluator.draw(str(tmp_path / name), of_images, 2)
         assert (tmp_path / name / "eval" / "train" / "overview.jpg").exists()
     results, metrics = found[""]
     assert 0.2 < metrics["AP"] < 0.9

@@ -64,6 +64,7 @@ def test_what_is_exported_detects_the_same_in_torchvision(tmp_path, capsys, norm
     from fpn_jax.models import build_detector
     from fpn_jax.training import checkpoint
     from fpn_jax.training.state import init_variables
+    from fpn_jax.types import Batch
     from fpn_jax.weights import files, loader
 
     config = get_config()
@@ -98,7 +99,8 @@ def test_what_is_exported_detects_the_same_in_torchvision(tmp_path, capsys, norm
     host = image_batch([image], options)
     with checkpoint.Checkpoints(str(tmp_path / "run")) as checkpoints:
         variables, _ = checkpoints.saved_weights("best")
-    found = jax.jit(lambda v: detector.apply(v, host["image"], host["size"], method="detect"))(variables)
+    batch = Batch(**{name: host[name] for name in ("image", "size", "boxes", "labels", "valid")})
+    found = jax.jit(lambda v: detector.apply(v, batch, method="detect"))(variables)
     valid = np.asarray(found.valid[0])
     boxes = to_original(np.asarray(found.boxes[0]), host["size"][0], host["original_size"][0])[valid]
 

@@ -94,14 +94,11 @@ class MobileNetV3(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> dict[int, jax.Array]:
-        unknown = [level for level in self.levels if level not in LAYERS]
-        if unknown or not self.levels:
-            raise UserError(f"model.backbone.levels is {self.levels}; choose some of {', '.join(map(str, LAYERS))}")
         frozen = self.frozen_layers
         how = {"norm": self.norm, "eps": self.norm_eps, "dtype": self.dtype}
 
         outputs = []
-        for layer in range(LAYERS[max(self.levels)] + 1):
+        for layer in range(LAYERS[max(self.output_levels())] + 1):
             live = train and layer >= frozen  # a frozen layer's batch norm stays as it is, too
             if layer == 0:
                 x = jax.nn.hard_swish(conv_norm(x, ("stem_conv", "stem_norm"), STEM, 3, live, stride=2, **how))
@@ -114,6 +111,12 @@ class MobileNetV3(nn.Module):
                 x = jax.lax.stop_gradient(x)
             outputs.append(x)
         return {level: outputs[LAYERS[level]] for level in self.levels}
+
+    def output_levels(self) -> tuple[int, ...]:
+        """The levels of the outputs. Raises `UserError` if there is no such."""
+        if not self.levels or not set(self.levels) <= set(LAYERS):
+            raise UserError(f"model.backbone.levels is {self.levels}; choose some of {', '.join(map(str, LAYERS))}")
+        return self.levels
 
     @property
     def frozen_layers(self) -> int:

@@ -48,12 +48,31 @@ class Block(nn.Module):
         return nn.relu(x + y)
 
 
+def stage(net: nn.Module, x: jax.Array, level: int, blocks: int, stride: int, train: bool) -> jax.Array:
+    """The blocks of one stage, submodules of `net`, which has `ResNet`'s attributes: x [b h w c] -> [b h' w' c']."""
+    width = net.width * 2 ** (level - 2)
+    for i in range(blocks):
+        x = Block(
+            width=width,
+            inner=width * net.width_per_group // 64 * net.groups,
+            groups=net.groups,
+            stride=stride if i == 0 else 1,
+            bottleneck=net.depth >= 50,
+            stride_in_1x1=net.stride_in_1x1,
+            norm=net.norm,
+            norm_eps=net.norm_eps,
+            dtype=net.dtype,
+            name=f"stage{level}_block{i}",
+        )(x, train)
+    return x
+
+
 class ResNet(nn.Module):
     """x [b h w 3] -> {2: C2, 3: C3, 4: C4, 5: C5}, where C_l has stride 2**l.
 
     Attributes:
         depth: 18, 34 (basic blocks), 50, 101 or 152 (bottlenecks).
-        blocks: blocks per stage, to build other sizes; None takes the depth's.
+        blocks: blocks per stage, to build other sizes, or (fewer) to stop at C4; None takes the depth's.
         width: channels of the stem and of the first stage; each stage doubles them.
         groups, width_per_group: of a bottleneck's 3x3: 1 and 64 are ResNet, 32 and 8 are ResNeXt "32x8d", which has
             32 groups of 8 channels each in its first stage (at width 64).
@@ -76,35 +95,28 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> dict[int, jax.Array]:
-        def freeze(x: jax.Array, stage: int) -> jax.Array:
-            return jax.lax.stop_gradient(x) if stage == self.frozen_stages else x
+        def freeze(x: jax.Array, level: int) -> jax.Array:
+            return jax.lax.stop_gradient(x) if level == self.frozen_stages else x
 
-        def live(stage: int) -> bool:
-            return train and stage > self.frozen_stages  # a frozen stage's batch norms stay as they are, too
+        def live(level: int) -> bool:
+            return train and level > self.frozen_stages  # a frozen stage's batch norms stay as they are, too
 
         how = {"norm": self.norm, "eps": self.norm_eps, "dtype": self.dtype}
         x = conv_norm(x, ("stem_conv", "stem_norm"), self.width, 7, live(1), stride=2, **how)
         x = freeze(max_pool(nn.relu(x), 3, 2), 1)
         features = {}
-        if self.groups > 1 and self.depth < 50:
-            raise UserError("model.backbone.groups needs bottlenecks; set model.backbone.depth to 50, 101 or 152")
-        for level, blocks in enumerate(self.blocks or BLOCKS[self.depth], start=2):
-            width = self.width * 2 ** (level - 2)
-            for i in range(blocks):
-                x = Block(
-                    width=width,
-                    inner=width * self.width_per_group // 64 * self.groups,
-                    groups=self.groups,
-                    stride=2 if level > 2 and i == 0 else 1,
-                    bottleneck=self.depth >= 50,
-                    stride_in_1x1=self.stride_in_1x1,
-                    norm=self.norm,
-                    norm_eps=self.norm_eps,
-                    dtype=self.dtype,
-                    name=f"stage{level}_block{i}",
-                )(x, live(level))
+        for level, blocks in zip(self.output_levels(), self.blocks or BLOCKS[self.depth], strict=True):
+            x = stage(self, x, level, blocks, 2 if level > 2 else 1, live(level))
             x = features[level] = freeze(x, level)
         return features
+
+    def output_levels(self) -> tuple[int, ...]:
+        """The levels of the outputs. Raises `UserError` naming the key of `config.model.backbone` that does not fit."""
+        if self.depth not in BLOCKS:
+            raise UserError(f"model.backbone.depth is {self.depth}; choose one of {', '.join(map(str, BLOCKS))}")
+        if self.groups > 1 and self.depth < 50:
+            raise UserError("model.backbone.groups needs bottlenecks; set model.backbone.depth to 50, 101 or 152")
+        return tuple(range(2, 2 + len(self.blocks or BLOCKS[self.depth])))
 
     @property
     def frozen_prefixes(self) -> tuple[str, ...]:

@@ -13,7 +13,8 @@ from fpn_jax.ops import boxes as box_ops
 from fpn_jax.ops.losses import smooth_l1, softmax_ce
 from fpn_jax.ops.matching import BELOW, match
 from fpn_jax.ops.nms import nms_top
-from fpn_jax.ops.roi_align import multilevel_roi_align
+from fpn_jax.ops.roi_align import multilevel_roi_align, roi_levels
+from fpn_jax.ops.roi_pool import multilevel_roi_pool
 from fpn_jax.ops.sampling import sample
 from fpn_jax.types import Detections
 
@@ -26,6 +27,7 @@ class BoxSettings:
     k0: int = 4  # level of an RoI whose area is canonical_size**2 (paper, equation 1)
     canonical_size: float = 224.0
     level_eps: float = 1e-6  # added before rounding down to the level; detectron2: 0
+    pooling: str = "align"  # RoIAlign; "pool": the maximum of the bin's cells, as in the paper
     pooled_size: int = 7
     sampling_ratio: int = 2  # points per bin and axis
     aligned: bool = False  # True shifts by half a pixel, as detectron2 does
@@ -59,7 +61,7 @@ class SampledRoIs(NamedTuple):
 
 
 class BoxHead(nn.Module):
-    """RoI features [b r h w c] -> (class logits [b r k+1], deltas [b r s 4]), both float32.
+    """RoI features [b r h w c] of levels [b r] -> (class logits [b r k+1], deltas [b r s 4]), both float32.
 
     `convs` 3x3 convolutions, then `fcs` fully connected layers, each with ReLU: 0 and 2 in the paper, 4 and 1 in
     torchvision's v2 models. With background first s is k + 1 (slot 0 is never used, but torchvision's weights have
@@ -68,6 +70,8 @@ class BoxHead(nn.Module):
     Attributes:
         channels: of the fully connected layers; conv_channels: of the convolutions.
         norm: of the convolutions: "none" (then they have a bias), "frozen_bn", "bn" or "gn".
+        separate_levels: levels of the pyramid that have weights of their own; () for one head that serves all, as in
+            the paper. Every RoI goes through all of them, and the output of its own level's is taken.
     """
 
     num_classes: int
@@ -78,10 +82,21 @@ class BoxHead(nn.Module):
     conv_channels: int = 256
     norm: str = "none"
     norm_eps: float = 1e-5
+    separate_levels: tuple[int, ...] = ()
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> tuple[jax.Array, jax.Array]:
+    def __call__(
+        self, x: jax.Array, train: bool = False, levels: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        if self.separate_levels:
+            heads = {l: self.clone(separate_levels=(), name=f"level{l}", parent=self) for l in self.separate_levels}
+            outputs = [head(x, train) for head in heads.values()]
+            mine = [levels == level for level in heads]
+            return tuple(
+                sum(jnp.where(m.reshape(m.shape + (1,) * (y.ndim - 2)), y, 0) for m, y in zip(mine, ys, strict=True))
+                for ys in zip(*outputs, strict=True)
+            )
         b, r = x.shape[:2]
         x = x.reshape(b * r, *x.shape[2:])
         how = {"norm": self.norm, "eps": self.norm_eps, "dtype": self.dtype}
@@ -90,24 +105,31 @@ class BoxHead(nn.Module):
         x = x.reshape(b, r, -1)
         for i in range(1, self.fcs + 1):
             x = nn.relu(nn.Dense(self.channels, dtype=self.dtype, kernel_init=lecun_uniform, name=f"fc{i}")(x))
-        slots = self.num_classes + (self.background == "first")
-        small = nn.initializers.normal
-        logits = nn.Dense(self.num_classes + 1, dtype=self.dtype, kernel_init=small(0.01), name="classes")(x)
-        deltas = nn.Dense(4 * slots, dtype=self.dtype, kernel_init=small(0.001), name="deltas")(x)
-        return logits.astype(jnp.float32), deltas.reshape(b, r, slots, 4).astype(jnp.float32)
+        return class_layers(x, self.num_classes, self.background, self.dtype)
+
+
+def class_layers(x: jax.Array, num_classes: int, background: str, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """The last two layers of a box head, of the calling module: x [b r c] -> logits [b r k+1], deltas [b r s 4]."""
+    slots = num_classes + (background == "first")
+    small = nn.initializers.normal
+    logits = nn.Dense(num_classes + 1, dtype=dtype, kernel_init=small(0.01), name="classes")(x)
+    deltas = nn.Dense(4 * slots, dtype=dtype, kernel_init=small(0.001), name="deltas")(x)
+    return logits.astype(jnp.float32), deltas.reshape(*x.shape[:2], slots, 4).astype(jnp.float32)
+
+
+def levels_of(settings: BoxSettings, boxes: jax.Array) -> jax.Array:
+    """The level that fits each box's size: boxes [... 4] in pixels -> int32 [...]."""
+    return roi_levels(boxes, sorted(settings.levels), settings.k0, settings.canonical_size, settings.level_eps)
 
 
 def roi_features(settings: BoxSettings, pyramid: Mapping[int, jax.Array], boxes: jax.Array) -> jax.Array:
-    """RoIAlign from the level that fits each box's size: boxes [b r 4] -> [b r h w c]."""
+    """RoIAlign, or RoI pooling, from the level that fits each box's size: boxes [b r 4] -> [b r h w c]."""
+    pyramid = {level: pyramid[level] for level in settings.levels}
+    where = {"k0": settings.k0, "canonical": settings.canonical_size, "eps": settings.level_eps}
+    if settings.pooling == "pool":
+        return multilevel_roi_pool(pyramid, boxes, settings.pooled_size, **where)
     return multilevel_roi_align(
-        {level: pyramid[level] for level in settings.levels},
-        boxes,
-        size=settings.pooled_size,
-        sampling_ratio=settings.sampling_ratio,
-        aligned=settings.aligned,
-        k0=settings.k0,
-        canonical=settings.canonical_size,
-        eps=settings.level_eps,
+        pyramid, boxes, settings.pooled_size, settings.sampling_ratio, settings.aligned, **where
     )
 
 

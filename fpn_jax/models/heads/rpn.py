@@ -58,29 +58,43 @@ class Proposals(NamedTuple):
     boxes: jax.Array  # float32 [b r 4]
     scores: jax.Array  # float32 [b r], probabilities
     valid: jax.Array  # bool [b r]
+    levels: jax.Array  # int32 [b r], whose anchors they come from
 
 
 class RPNHead(nn.Module):
-    """{l: P_l} -> {l: logits [b r]}, {l: deltas [b r 4]}: `convs` 3x3 convolutions and two 1x1, shared by all levels.
+    """{l: P_l} -> {l: logits [b r]}, {l: deltas [b r 4]}: `convs` 3x3 convolutions and two 1x1.
 
-    r runs over rows, columns, anchors of the cell. Attributes: anchors per cell; convs, 1 in the paper and 2 in
-    torchvision's v2 models, with as many channels as the levels have.
+    r runs over rows, columns, anchors of the cell.
+
+    Attributes:
+        anchors: per cell.
+        convs: 1 in the paper, 2 in torchvision's v2 models.
+        channels: of the convolutions; 0 takes as many as the level has.
+        shared: whether all levels have the same weights, as in the paper, which found it no worse than False.
     """
 
     anchors: int
     convs: int = 1
+    channels: int = 0
+    shared: bool = True
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, pyramid: Mapping[int, jax.Array]) -> tuple[dict[int, jax.Array], dict[int, jax.Array]]:
-        init = nn.initializers.normal(0.01)
-        width = next(iter(pyramid.values())).shape[-1]
-        names = ["conv", *(f"conv{i}" for i in range(2, self.convs + 1))]
-        convs = [Conv(width, 3, kernel_init=init, dtype=self.dtype, name=name) for name in names]
-        objectness = Conv(self.anchors, 1, kernel_init=init, dtype=self.dtype, name="objectness")
-        deltas = Conv(4 * self.anchors, 1, kernel_init=init, dtype=self.dtype, name="deltas")
+        def layers(width: int, suffix: str = "") -> tuple[list[nn.Module], nn.Module, nn.Module]:
+            def conv(features: int, kernel: int, name: str) -> nn.Module:
+                init = nn.initializers.normal(0.01)
+                return Conv(features, kernel, kernel_init=init, dtype=self.dtype, name=f"{name}{suffix}")
+
+            names = ["conv", *(f"conv{i}" for i in range(2, self.convs + 1))]
+            convs = [conv(self.channels or width, 3, name) for name in names]
+            return convs, conv(self.anchors, 1, "objectness"), conv(4 * self.anchors, 1, "deltas")
+
+        if self.shared:
+            for_all = layers(next(iter(pyramid.values())).shape[-1])
         all_logits, all_deltas = {}, {}
         for level, x in pyramid.items():
+            convs, objectness, deltas = for_all if self.shared else layers(x.shape[-1], f"_level{level}")
             for conv in convs:
                 x = nn.relu(conv(x))
             b = x.shape[0]
@@ -184,9 +198,11 @@ def propose(
 
     def image_proposals(logits, deltas, size):
         boxes, kept = zip(*(level_candidates(logits[x], deltas[x], anchors[x], size) for x in logits), strict=True)
+        levels = np.repeat(np.int32(list(logits)), [len(x) for x in kept])
         boxes, kept = jnp.concatenate(boxes), jnp.concatenate(kept)
         kept, best = jax.lax.top_k(kept, min(after, kept.shape[0]))
         valid = kept > -jnp.inf
-        return Proposals(jnp.where(valid[:, None], boxes[best], 0), jax.nn.sigmoid(kept), valid)
+        boxes = jnp.where(valid[:, None], boxes[best], 0)
+        return Proposals(boxes, jax.nn.sigmoid(kept), valid, jnp.asarray(levels)[best])
 
     return jax.lax.stop_gradient(jax.vmap(image_proposals)(dict(logits), dict(deltas), size))

@@ -1,0 +1,99 @@
+"""The region proposal network as a detector of its own (section 4.1 of arXiv 1612.03144, Table 1)."""
+
+from typing import ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fpn_jax.models.detector import Detector, Scalars, count_levels, image_keys
+from fpn_jax.models.heads import rpn
+from fpn_jax.ops.boxes import iou
+from fpn_jax.types import Batch, Detections
+
+
+class RPN(Detector, kw_only=True):
+    """Class-agnostic detector: its detections are proposals, all with label 0.
+
+    Attributes:
+        rpn_head: {l: P_l} -> logits and deltas per anchor.
+        rpn_settings: named differences between published implementations.
+    """
+
+    rpn_head: nn.Module
+    rpn_settings: rpn.RPNSettings = rpn.RPNSettings()
+
+    class_agnostic: ClassVar[bool] = True
+
+    @property
+    def counted_levels(self) -> dict[str, tuple[int, ...]]:
+        """The levels that `level_counts` counts."""
+        return {"rpn": self.rpn_settings.levels}
+
+    def predict_anchors(
+        self, pyramid: dict[int, jax.Array], image_size: tuple[int, int]
+    ) -> tuple[dict[int, jax.Array], dict[int, jax.Array], dict[int, np.ndarray]]:
+        """(logits {l: [b r]}, deltas {l: [b r 4]}, anchors {l: [r 4]}), r over the anchors of each level."""
+        pyramid = {level: pyramid[level] for level in self.rpn_settings.levels}
+        with jax.named_scope("rpn_head"):
+            logits, deltas = self.rpn_head(pyramid)
+        grids = {level: x.shape[1:3] for level, x in pyramid.items()}
+        return logits, deltas, rpn.make_anchors(self.rpn_settings, grids, image_size)
+
+    def anchor_losses(
+        self,
+        logits: dict[int, jax.Array],
+        deltas: dict[int, jax.Array],
+        anchors: dict[int, np.ndarray],
+        batch: Batch,
+        keys: jax.Array,
+    ) -> tuple[Scalars, Scalars]:
+        """(losses, statistics) of what `predict_anchors` gave; keys [b] draw the anchors."""
+        with jax.named_scope("rpn_losses"):
+            flat_logits, flat_deltas = (jnp.concatenate(list(x.values()), axis=1) for x in (logits, deltas))
+            flat_anchors = jnp.concatenate([jnp.asarray(a) for a in anchors.values()])
+            return rpn.rpn_losses(
+                self.rpn_settings, flat_logits, flat_deltas, flat_anchors, batch.boxes, batch.valid, keys
+            )
+
+    def propose(
+        self,
+        logits: dict[int, jax.Array],
+        deltas: dict[int, jax.Array],
+        anchors: dict[int, np.ndarray],
+        size: jax.Array,
+        train: bool = False,
+    ) -> rpn.Proposals:
+        """Proposals of what `predict_anchors` gave; size [b 2]."""
+        with jax.named_scope("proposals"):
+            return rpn.propose(self.rpn_settings, logits, deltas, anchors, size, train)
+
+    def losses(self, batch: Batch, key: jax.Array, train: bool = True) -> tuple[Scalars, Scalars]:
+        """(losses, statistics) of a batch, scalars; the loss of the detector is the plain sum of the losses."""
+        predicted = self.predict_anchors(self.features(batch.image, batch.size, train), batch.image.shape[1:3])
+        return self.anchor_losses(*predicted, batch, image_keys(key, len(batch.image), 1)[0])
+
+    def detect(self, batch: Batch) -> Detections:
+        """Proposals in pixels of the resized image, scored by their probability to hold an object."""
+        pyramid = self.features(batch.image, batch.size)
+        found = self.propose(*self.predict_anchors(pyramid, batch.image.shape[1:3]), batch.size)
+        return Detections(found.boxes, found.scores, jnp.zeros_like(found.levels), found.valid)
+
+    def level_counts(self, batch: Batch) -> dict[str, dict[str, jax.Array]]:
+        """{"rpn": {"objects", "proposals"}}, int32 [b l]: an object belongs to the level of its best anchor."""
+        pyramid = self.features(batch.image, batch.size)
+        logits, deltas, anchors = self.predict_anchors(pyramid, batch.image.shape[1:3])
+        return {"rpn": self.anchor_counts(anchors, self.propose(logits, deltas, anchors, batch.size), batch)}
+
+    def anchor_counts(
+        self, anchors: dict[int, np.ndarray], proposals: rpn.Proposals, batch: Batch
+    ) -> dict[str, jax.Array]:
+        """As `level_counts`, of the RPN alone."""
+        levels = np.repeat(np.int32(list(anchors)), [len(a) for a in anchors.values()])
+        flat = jnp.concatenate([jnp.asarray(a) for a in anchors.values()])
+        best = jax.lax.map(lambda boxes: iou(boxes, flat).argmax(-1), batch.boxes)
+        return {
+            "objects": count_levels(self.rpn_settings.levels, jnp.asarray(levels)[best], batch.valid),
+            "proposals": count_levels(self.rpn_settings.levels, proposals.levels, proposals.valid),
+        }

@@ -1,0 +1,266 @@
+"""Run every row of an ablation, or what is left of it.
+
+python -m fpn_jax.sweep --config=experiments/ablations/rpn.py:scenes --workdir=runs/rpn [--seeds=3] [--only=fpn,c4]
+python -m fpn_jax.sweep --config=experiments/ablations/rpn.py:scenes --diff=fpn,c4
+
+A config of one returns {"title", "baseline", "base": the config all rows start from, "rows": ({"name", "changes":
+{dotted key: value}, ...}, ...)}, see experiments/ablations/bases.py; overrides are --config.base.num_steps=100 and so
+on. Each run is an ordinary training in WORKDIR/ROW/seedK. A sweep that was stopped or killed goes on with the same
+command: what is finished stays, what was under way resumes. `fpn_jax.report` makes the tables.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+
+from fpn_jax import cli, common
+from fpn_jax.cost import cost
+from fpn_jax.errors import UserError
+from fpn_jax.evaluation import write_atomically
+from fpn_jax.models import build_detector
+from fpn_jax.train import train
+from fpn_jax.training import sharding
+from fpn_jax.variants import changed, difference, references
+
+_CONFIG = cli.config_flag()
+_WORKDIR = cli.flag("workdir", str, None, "Folder of the sweep; one that is there continues.")
+_SEEDS = cli.flag("seeds", int, 3, "Runs of each row, with the base's seed and the next ones.")
+_ONLY = cli.flag("only", list, [], "Names of the rows to run, by default all.")
+_ROW = cli.flag("row", str, None, "The one row to run, for a job of its own beside those of other rows.")
+_DIFF = cli.flag(
+    "diff", list, [], "Rows or config files whose differences to show, instead of running: A,B or B alone."
+)
+
+_ROW_KEYS = {"name", "changes", "note", "published", "in_table"}
+
+
+def main(argv: Sequence[str]) -> None:
+    """Entry point."""
+    del argv
+    cli.check_required(config=_CONFIG.value)
+    if _DIFF.value:
+        _print_difference(_CONFIG.value, _DIFF.value)
+        return
+    cli.check_required(workdir=_WORKDIR.value)
+    only = [_ROW.value] if _ROW.value else _ONLY.value
+    sweep(_CONFIG.value, _WORKDIR.value, _SEEDS.value, only)
+
+
+def sweep(config: ml_collections.ConfigDict, workdir: str, seeds: int, only: Sequence[str] = ()) -> None:
+    """Print and write the plan, then run the rows `only` (() all) and the rows whose results they need.
+
+    Seeds go round the rows, so that the first table is whole early. A run that fails is told, and the others go on.
+    Raises `UserError` before anything is run if a row cannot be built, and at the end if runs failed.
+    """
+    rows = check_rows(config)
+    chosen = _with_needed(rows, only or list(rows))
+    if seeds < 1:
+        raise UserError(f"--seeds={seeds}; at least one")
+    sharding.start_processes()
+    common.set_up_jax()
+    all_seeds = [config.base.seed + i for i in range(seeds)]
+    plan = make_plan(config, rows, all_seeds)
+    if sharding.process()[0] == 0:
+        print(plan_table(plan, chosen), flush=True)
+        write_atomically(Path(workdir) / "plan.json", lambda file: json.dump(plan, file, indent=2))
+    failures = []
+    for seed in all_seeds:
+        runs: dict[str, str] = {}
+        for name in chosen:
+            where = f"{workdir}/{name}/seed{seed}"
+            row_config = changed(config.base, {**rows[name]["changes"], "seed": seed}, f"row {name}", runs)
+            runs[f"row:{name}"] = where
+            try:
+                _run(row_config, where, f"{name}, seed {seed}")
+            except UserError as error:
+                failures.append(f"{name}, seed {seed}")
+                print(f"error: {name}, seed {seed}: {error}; the other rows go on", file=sys.stderr, flush=True)
+            jax.clear_caches()  # the next row is another program, and these would only grow
+    if failures:
+        raise UserError(f"{len(failures)} runs failed: {'; '.join(failures)}; see above, mend, run the same command")
+    print(f"done; next: python -m fpn_jax.report --workdir={workdir}")
+
+
+def check_rows(config: ml_collections.ConfigDict) -> dict[str, dict[str, Any]]:
+    """{name: row}, each of which can be built. Raises `UserError` naming the row and the key that does not fit."""
+    lacking = [key for key in ("title", "baseline", "base", "rows") if key not in config]
+    if lacking:
+        raise UserError(f"--config has no {lacking[0]}: it is no ablation; see experiments/ablations/ for some")
+    rows: dict[str, dict[str, Any]] = {}
+    for number, row in enumerate(config.rows):
+        row = dict(row)
+        if "name" not in row or "changes" not in row:
+            raise UserError(f"rows[{number}] lacks 'name' or 'changes'; write {{'name': ..., 'changes': {{...}}}}")
+        name, unknown = row["name"], set(row) - _ROW_KEYS
+        if unknown or name in rows or not name.replace("_", "").replace("-", "").isalnum():
+            problem = f"has an unknown {min(unknown)!r}" if unknown else "is there twice or is no plain word"
+            raise UserError(f"row {name!r} {problem}; keys are {', '.join(sorted(_ROW_KEYS))}")
+        row_config = changed(config.base, row["changes"], f"row {name}")
+        for key in references(row_config):
+            source = common.flat_values(row_config)[key].partition(":")[2]
+            if source not in rows:
+                raise UserError(
+                    f"row {name}: {key} names row {source!r}, which must come before it; there are {list(rows)}"
+                )
+        try:
+            build_detector(row_config.model, 1)
+            common.pipeline_options(row_config)
+        except UserError as error:
+            raise UserError(f"row {name}: {error}") from None
+        rows[name] = row
+    if config.baseline not in rows:
+        raise UserError(f"baseline is {config.baseline!r}; choose one of the rows {', '.join(rows)}")
+    return rows
+
+
+def make_plan(
+    config: ml_collections.ConfigDict, rows: dict[str, dict[str, Any]], seeds: Sequence[int]
+) -> dict[str, Any]:
+    """What is to be run, and its cost per image, as JSON; `fpn_jax.report` reads it."""
+    base, planned = config.base, []
+    bucket = common.pipeline_options(base).buckets[0]
+    for name, row in rows.items():
+        row_config = changed(base, row["changes"], f"row {name}")
+        proposals = row_config.data.max_proposals[1]
+        classes = _num_classes(row_config)
+        spent = cost(build_detector(row_config.model, classes), bucket, proposals)
+        planned.append(
+            {
+                "name": name,
+                "note": row.get("note", ""),
+                "changes": {key: _plain(value) for key, value in row["changes"].items()},
+                "parameters": spent.parameters,
+                "flops": spent.flops,
+                "anchors": spent.anchors,
+                "num_steps": row_config.num_steps,
+                "published": dict(row.get("published", {})),
+                "in_table": row.get("in_table", True),
+            }
+        )
+    detectors = {name: changed(base, row["changes"], name).model.detector for name, row in rows.items()}
+    return {
+        "title": config.title,
+        "description": f"{base.num_steps} steps of {base.batch_size} images of {bucket[0]} x {bucket[1]} pixels.",
+        "command": f"python -m fpn_jax.sweep {' '.join(sys.argv[1:])}",
+        "baseline": config.baseline,
+        "detector": detectors[config.baseline],
+        "dataset": base.data.dataset,
+        "split": base.data.eval_split,
+        "image_size": list(bucket),
+        "seeds": list(seeds),
+        "rows": planned,
+        "environment": environment(),
+    }
+
+
+def environment() -> dict[str, Any]:
+    """What figures depend on besides the config."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+        "device_count": jax.device_count(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "commit": commit or "unknown",
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def plan_table(plan: dict[str, Any], chosen: Sequence[str]) -> str:
+    """The plan for the terminal."""
+    height, width = plan["image_size"]
+    lines = [
+        f"{plan['title']}: {plan['description']} {plan['dataset']}, seeds {', '.join(map(str, plan['seeds']))}",
+        f"{'row':<18}{'parameters':>12}{'GFLOPs':>9}{'anchors':>11}{'steps':>8}   changes; image {height} x {width}",
+    ]
+    for row in plan["rows"]:
+        changes = ", ".join(f"{key}={value}" for key, value in row["changes"].items())
+        anchors = "-" if row["anchors"] is None else f"{row['anchors']:,}"
+        skipped = "" if row["name"] in chosen else "   (not now)"
+        lines.append(
+            f"{row['name']:<18}{row['parameters']:>12,}{row['flops'] / 1e9:>9.2f}{anchors:>11}{row['num_steps']:>8}"
+            f"   {changes if len(changes) < 100 else changes[:97] + '...'}{skipped}"
+        )
+    return "\n".join(lines)
+
+
+def _with_needed(rows: dict[str, dict[str, Any]], wanted: Sequence[str]) -> list[str]:
+    """The wanted rows, in the order of the table, and those whose runs they read."""
+    for name in wanted:
+        if name not in rows:
+            raise UserError(f"there is no row {name!r}; choose some of {', '.join(rows)}")
+    needed = set(wanted)
+    for name in reversed(rows):  # what a row reads comes before it
+        if name in needed:
+            values = [value for value in rows[name]["changes"].values() if isinstance(value, str)]
+            needed |= {value.partition(":")[2] for value in values if value.startswith("row:")}
+    return [name for name in rows if name in needed]
+
+
+def _run(config: ml_collections.ConfigDict, workdir: str, what: str) -> None:
+    """Train, unless that is done. Raises `UserError` if it was done with another config."""
+    metrics = Path(workdir) / "metrics.json"
+    if metrics.exists():
+        before = ml_collections.ConfigDict(json.loads((Path(workdir) / "config.json").read_text()))
+        now = ml_collections.ConfigDict(json.loads(json.dumps(config.to_dict())))
+        now.stages = before.stages = ()
+        differing = [key for key, *_ in difference(before, now)]
+        if differing:
+            raise UserError(f"{workdir} was run with another {differing[0]}; take another --workdir, or set it back")
+        print(f"{what}: finished before", flush=True)
+        return
+    start = time.monotonic()
+    print(f"{what}: {workdir}", flush=True)
+    train(config.lock(), workdir)
+    print(f"{what}: finished in {time.monotonic() - start:.0f} s", flush=True)
+
+
+def _num_classes(config: ml_collections.ConfigDict) -> int:
+    """Of the data set, where it is there; else COCO's."""
+    try:
+        return len(common.open_data(config, config.data.eval_split).class_names)
+    except UserError:
+        return 80
+
+
+def _print_difference(config: ml_collections.ConfigDict, names: Sequence[str]) -> None:
+    """Both sides are a row of the config or a config file; with one name the other side is the config or its base."""
+    if len(names) > 2:
+        raise UserError(f"--diff={','.join(names)}: give one or two rows or config files")
+    sides = [(name, _named(config, name)) for name in names]
+    if len(sides) == 1:
+        sides.insert(0, ("base", config.base) if "base" in config else ("--config", config))
+    found = difference(sides[0][1], sides[1][1])
+    width = max([len(key) for key, *_ in found], default=0)
+    print(f"{sides[0][0]} -> {sides[1][0]}: {len(found)} keys differ")
+    for key, one, other in found:
+        print(f"  {key:<{width}}  {one!r} -> {other!r}")
+
+
+def _named(config: ml_collections.ConfigDict, name: str) -> ml_collections.ConfigDict:
+    if name.split(":")[0].endswith(".py"):
+        other = cli.load_config(name)
+        return other.base if "base" in other and "rows" in other else other
+    rows = check_rows(config)
+    if name not in rows:
+        raise UserError(f"--diff: {name!r} is neither a config file nor one of the rows {', '.join(rows)}")
+    return changed(config.base, rows[name]["changes"], f"row {name}")
+
+
+def _plain(value: Any) -> Any:
+    return {k: _plain(v) for k, v in value.items()} if hasattr(value, "items") else value
+
+
+if __name__ == "__main__":
+    cli.run(main)
