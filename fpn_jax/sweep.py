@@ -81,9 +81,10 @@ def sweep(config: ml_collections.ConfigDict, workdir: str, seeds: int, only: Seq
             runs[f"row:{name}"] = where
             try:
                 _run(row_config, where, f"{name}, seed {seed}")
-            except UserError as error:
+            except (UserError, jax.errors.JaxRuntimeError) as error:  # the latter: it does not fit into memory
                 failures.append(f"{name}, seed {seed}")
-                print(f"error: {name}, seed {seed}: {error}; the other rows go on", file=sys.stderr, flush=True)
+                message = " ".join(str(error).split())[:500]
+                print(f"error: {failures[-1]}: {message}; the other rows go on", file=sys.stderr, flush=True)
             jax.clear_caches()  # the next row is another program, and these would only grow
     if failures:
         raise UserError(f"{len(failures)} runs failed: {'; '.join(failures)}; see above, mend, run the same command")

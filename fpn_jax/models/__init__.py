@@ -109,6 +109,8 @@ def _rpn(model: Mapping[str, Any], levels: Sequence[int], dtype: Any) -> dict[st
         raise UserError("model.rpn.ratios is empty; give at least one, such as (1.0,)")
     given = {"anchors": counts.pop() * len(settings.ratios), "dtype": dtype}
     values = _fields("model.rpn_head", RPNHead, model.get("rpn_head", {}), given)
+    if values.get("convs", 1) < 1:
+        raise UserError(f"model.rpn_head.convs is {values['convs']}; at least one")
     return {"rpn_head": RPNHead(**given, **values), "rpn_settings": settings}
 
 
@@ -127,6 +129,7 @@ def _fast_rcnn(model: Mapping[str, Any], levels: Sequence[int], num_classes: int
                 "model.box_head.name is 'conv5', the last stage of a ResNet; set model.backbone.name=resnet"
             )
         extra = {name: model["backbone"][name] for name in _OF_BACKBONE if name in model["backbone"]}
+        values = {name: value for name, value in values.items() if name not in ("norm", "norm_eps")}  # the fc head's
         if 5 in settings.levels:
             raise UserError(f"model.box.levels is {settings.levels}: the head conv5 goes on from C4; set it to (4,)")
     given = dict(num_classes=num_classes, background=settings.background, dtype=dtype, **extra)
@@ -185,9 +188,19 @@ def _choose(key: str, table: Mapping[str, Any], name: str) -> Any:
 
 
 def _make(key: str, table: Mapping[str, Callable[..., Any]], values: Mapping[str, Any], **extra: Any) -> Any:
+    """The module of the table that values["name"] names, with the other values.
+
+    Those that only its neighbours in the table know are theirs and left out, so that a change of the name is enough.
+    """
     values = dict(values)
     module = _choose(f"{key}.name", table, values.pop("name", None))
+    known, others = _attributes(module), set().union(*map(_attributes, table.values()))
+    values = {name: value for name, value in values.items() if name in known or name not in others}
     return module(**_fields(key, module, values, extra), **extra)
+
+
+def _attributes(module: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(module)}
 
 
 def _fields(key: str, cls: type, values: Mapping[str, Any], given: Collection[str] = ()) -> dict[str, Any]:
@@ -195,7 +208,7 @@ def _fields(key: str, cls: type, values: Mapping[str, Any], given: Collection[st
 
     given: names of the arguments that do not come from values.
     """
-    known = {field.name for field in dataclasses.fields(cls)}
+    known = _attributes(cls)
     for name in values:
         if name in (*given, "name", "parent"):
             raise UserError(f"{key}.{name} follows from the rest of config.model; remove it")

@@ -1,6 +1,7 @@
 """Convolutions and norms, all [b h w c], with float32 parameters and the compute dtype that the caller asks for."""
 
 import functools
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -99,7 +100,7 @@ class GroupNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        groups = min(self.groups, x.shape[-1])
+        groups = math.gcd(self.groups, x.shape[-1])  # as many as the channels can be cut into
         return nn.GroupNorm(num_groups=groups, epsilon=self.eps, dtype=self.dtype, name="norm")(x)
 
 

@@ -23,8 +23,9 @@ def roi_pool(feature: jax.Array, rois: jax.Array, scale: float, size: int = 7) -
     rois [r 4] in pixels; scale: cells per pixel. Corners are rounded to whole cells, halves away from zero, and both
     corner cells belong to the RoI, which is at least one cell wide and high. It is cut into size x size bins (size: 1
     to 255), whose borders are rounded outwards, so that neighbours may share cells. What is outside the map does not
-    count; a bin without any cell is 0, as are all of a RoI with a NaN. The gradient goes to the largest cell, of equal
-    ones to the first, row by row.
+    count, nor do NaN features; a bin without any cell is 0, as are all of a RoI with a NaN. The gradient goes to the
+    largest cell, of equal ones to the first, row by row. A RoI's time grows with the cells of its bins, and RoIs wait
+    for the larger ones of their piece only (see `rounds.Pieces`).
     """
     cells, table = map_table(feature, rois.shape[0], scale)
     return _pool_images(cells, rois[None], table, size)[0]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from fpn_jax.models.detector import Detector
-from fpn_jax.training.optim import Schedule
+from fpn_jax.training.optim import Schedule, is_frozen, tree_of_paths
 from fpn_jax.types import Batch, Detections, TrainState
 
 Metrics = dict[str, jax.Array]
@@ -57,6 +57,8 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         compute = accumulated if accumulate > 1 else gradients
         grads, batch_stats, metrics = compute(state.params, state.batch_stats, batch, key)
+        # What is frozen has no part in the norm, and XLA need not compute its gradient.
+        grads = tree_of_paths(grads, lambda path, x: jnp.zeros_like(x) if is_frozen(path, detector.frozen) else x)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)

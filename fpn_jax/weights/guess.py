@@ -41,6 +41,8 @@ def experiment(arrays: Mapping[str, np.ndarray], file: str) -> tuple[str, dict[s
     today = names.renamed(arrays, format)
     shapes = {name: arrays[stored].shape for name, stored in today.items()}
     prefix = "backbone.body.layer{}.{}" if format.framework == "torchvision" else "backbone.bottom_up.res{}.{}"
+    if format.framework == "detectron2":
+        chosen = _detectron2(shapes)
     first = 1 if format.framework == "torchvision" else 2
     changes |= _resnet(shapes, prefix, first, file)
     if chosen.endswith("fasterrcnn_resnet50_fpn.py") and not _EPS_ZERO.search(file):
@@ -57,6 +59,15 @@ def experiment(arrays: Mapping[str, np.ndarray], file: str) -> tuple[str, dict[s
         )
         remarks.append(f"bottlenecks stride in the {where}; the file does not tell")
     return chosen, changes, remarks
+
+
+def _detectron2(shapes: Mapping[str, Any]) -> str:
+    """Which of its detectors, by the heads that there are."""
+    heads = {
+        head: any(name.startswith(head) for name in shapes) for head in ("proposal_generator.rpn_head", "roi_heads")
+    }
+    kind = {(True, False): "rpn", (False, True): "fast_rcnn"}.get(tuple(heads.values()), "faster_rcnn")
+    return f"detectron2/{kind}_R_50_FPN_1x.py"
 
 
 def _resnet(shapes: Mapping[str, tuple[int, ...]], prefix: str, first: int, file: str) -> dict[str, Any]:

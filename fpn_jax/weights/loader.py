@@ -86,11 +86,12 @@ def load(
     )
     count = 0
     for path, initial in ours.items():
-        name = names.their_name(path, format)
+        source = path if format.ours else _of_backbone(path)
+        name = names.their_name(source, format)
         if name:
             used.add(name)
         is_reset = reset_classes and path[:3] in CLASS_LAYERS
-        if path[1] not in wanted or is_reset:
+        if source[1] not in wanted or is_reset:
             fresh.append("/".join(path))
             continue
         if name is None:
@@ -123,6 +124,12 @@ def load(
     if count == 0:
         raise UserError(f"{file}: a {format.name} has no {' or '.join(parts)}; choose other parts")
     return Loaded(names.unflatten(result), format, count, [found[name] for name in ignored], fresh)
+
+
+def _of_backbone(path: tuple[str, ...]) -> tuple[str, ...]:
+    """Where other frameworks' files have the weights of a head that is the last stage of the backbone (`Conv5Head`)."""
+    is_stage = path[1] == "box_head" and path[2].startswith("stage")
+    return (path[0], "backbone", *path[2:]) if is_stage else path
 
 
 def export(variables: Mapping[str, Any], framework: str, pooled_size: int) -> dict[str, np.ndarray]:

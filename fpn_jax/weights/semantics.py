@@ -9,9 +9,25 @@ from typing import Any
 from fpn_jax.errors import UserError
 from fpn_jax.models.backbones.resnet import BLOCKS
 
-# Dotted key of `config.model` -> the value that the framework has built in.
+# Dotted key of `config.model` -> the value of the paper's detector, which no framework has a switch for.
+_PAPER = {
+    "neck.name": "fpn",
+    "neck.lateral": True,
+    "neck.top_down": True,
+    "neck.smooth": True,
+    "neck.upsampling": "nearest",
+    "neck.merge": "sum",
+    "neck.activation": "none",
+    "image_pyramid.scales": (),
+    "rpn_head.shared": True,
+    "box.pooling": "align",
+    "box_head.name": "fc",
+    "box_head.separate_levels": (),
+}
+# The same of what one framework has built in.
 FIXED = {
     "torchvision": {
+        **_PAPER,
         "pixels.order": "rgb",
         "pixels.white": 1.0,
         "backbone.stride_in_1x1": False,
@@ -27,6 +43,7 @@ FIXED = {
         "box.min_size": 1e-2,
     },
     "detectron2": {
+        **_PAPER,
         "pixels.white": 255.0,
         "rpn.anchor_rounding": False,
         "rpn.anchor_order": "size_major",
@@ -40,7 +57,16 @@ _WIDTH = 64  # of the first stage of every torchvision ResNet
 
 
 # Keys of a part of the model -> the parts of the weights that they matter to.
-_MATTERS = {"pixels": "backbone", "backbone": "backbone", "neck": "neck", "rpn": "rpn_head", "box": "box_head"}
+_MATTERS = {
+    "pixels": "backbone",
+    "backbone": "backbone",
+    "image_pyramid": "neck",
+    "neck": "neck",
+    "rpn": "rpn_head",
+    "rpn_head": "rpn_head",
+    "box": "box_head",
+    "box_head": "box_head",
+}
 
 
 def differences(model: Mapping[str, Any], framework: str, parts: Collection[str]) -> list[str]:
@@ -56,6 +82,9 @@ def differences(model: Mapping[str, Any], framework: str, parts: Collection[str]
 
 def check(model: Mapping[str, Any], framework: str) -> None:
     """Raise a `UserError` naming the key of `config.model` in which the framework's detectors differ."""
+    kind = model.get("detector", "faster_rcnn")
+    if framework == "torchvision" and kind != "faster_rcnn":
+        raise UserError(f"model.detector is {kind!r}: torchvision has no such detector; export with other --names")
     if found := differences(model, framework, set(_MATTERS.values())):
         raise UserError(
             f"{found[0]}: its detector would score otherwise with these weights; train with that value, or export "

@@ -10,6 +10,7 @@ import pytest
 from experiments.detectron2 import faster_rcnn_R_50_FPN_1x as r50
 from experiments.detectron2 import faster_rcnn_R_101_FPN_3x as r101
 from experiments.detectron2 import faster_rcnn_X_101_32x8d_FPN_3x as x101
+from fpn_jax import cli
 from fpn_jax.errors import UserError
 from fpn_jax.models import build_detector
 from fpn_jax.models.layers import FrozenBatchNorm
@@ -88,8 +89,8 @@ def zero_weights(shapes):
     return {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
 
 
-def variables_for(name, width=64):
-    config = RESNETS[name][0].get_config()
+def variables_for(name, width=64, config=None):
+    config = config or RESNETS[name][0].get_config()
     config.model.backbone.width = width
     detector = build_detector(config.model, 80)
     return jax.eval_shape(lambda: init_variables(detector, (64, 64), 0))
@@ -153,6 +154,13 @@ def test_half_a_detector_from_the_zoo(absent, parts, missing):
     assert loaded.count == len(set(arrays) - CONSTANTS)
     (rest,) = {"rpn_head", "box_head"} - set(parts)
     assert {path.split("/")[1] for path in loaded.fresh} == {rest}
+    # Of the detector that the file is of, every weight is there.
+    experiment, changes, _ = guess.experiment(arrays, "x.pkl")
+    assert experiment == f"detectron2/{'rpn' if absent == 'roi_heads' else 'fast_rcnn'}_R_50_FPN_1x.py"
+    config = cli.load_config(f"experiments/{experiment}")
+    config.update_from_flattened_dict(changes)
+    whole = loader.load(variables_for("R-50", config=config), arrays, "x.pkl", 7)
+    assert whole.fresh == [] and whole.count == loaded.count
 
 
 # ImageNet's weights.

@@ -8,11 +8,13 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.ablations.faster_rcnn import get_config as faster_rcnn_table
 from fpn_jax import cli
 from fpn_jax.errors import UserError
 from fpn_jax.models import build_detector
 from fpn_jax.models.heads.box import BoxHead
 from fpn_jax.training.state import init_variables
+from fpn_jax.variants import changed
 from fpn_jax.weights import guess, loader, names
 
 ROOT = Path(__file__).parents[2]
@@ -84,6 +86,18 @@ def test_the_experiment_is_read_off_the_weights():
 def shaped(name):
     """A file's shapes without its weights."""
     return {key: np.broadcast_to(np.float32(0), shape) for key, shape in SHAPES[name].items()}
+
+
+def test_the_c4_baselines_head_takes_the_last_stage_of_a_backbones_file():
+    table = faster_rcnn_table()
+    rows = {row["name"]: row["changes"] for row in table.rows}
+    variables, arrays = variables_for(changed(table.base, rows["c4"], "c4")), random_weights(SHAPES["resnet50"])
+    loaded = loader.load(variables, arrays, "resnet50.pth", 14, parts=("backbone",))
+    ours = loaded.variables["params"]["box_head"]["stage5_block2"]["conv2"]["kernel"]
+    np.testing.assert_array_equal(ours, arrays["layer4.2.conv2.weight"].transpose(2, 3, 1, 0))
+    assert "stage5_block0" not in loaded.variables["params"]["backbone"]
+    assert {path.split("/")[1] for path in loaded.fresh} == {"rpn_head", "box_head"}
+    assert not any("stage" in path for path in loaded.fresh)
 
 
 def test_names_from_before_the_layers_were_wrapped():

@@ -116,7 +116,10 @@ class ResNet(nn.Module):
             raise UserError(f"model.backbone.depth is {self.depth}; choose one of {', '.join(map(str, BLOCKS))}")
         if self.groups > 1 and self.depth < 50:
             raise UserError("model.backbone.groups needs bottlenecks; set model.backbone.depth to 50, 101 or 152")
-        return tuple(range(2, 2 + len(self.blocks or BLOCKS[self.depth])))
+        levels = tuple(range(2, 2 + len(self.blocks or BLOCKS[self.depth])))
+        if not 0 <= self.frozen_stages <= levels[-1]:
+            raise UserError(f"model.backbone.frozen_stages is {self.frozen_stages}; choose 0 to {levels[-1]}")
+        return levels
 
     @property
     def frozen_prefixes(self) -> tuple[str, ...]:

@@ -1,0 +1,220 @@
+"""A sweep plans, runs, resumes and refuses; a Fast R-CNN takes an RPN's proposals; four stages make one detector."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import ml_collections
+import numpy as np
+import pytest
+
+from fpn_jax import cli, evaluate, sweep
+from fpn_jax.data.proposals import read
+from fpn_jax.errors import UserError
+from fpn_jax.report import report
+from fpn_jax.training import checkpoint, sharding
+from fpn_jax.variants import changed, difference
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def base(tiny_config, scenes_dir, monkeypatch):
+    """Six steps of a detector that compiles in seconds, on one device."""
+    make_mesh = sharding.make_mesh
+    monkeypatch.setattr(sharding, "make_mesh", lambda: make_mesh(sharding.first_device()))
+    tiny_config.update(num_steps=6, batch_size=2, eval_batch_size=2, checkpoint_every=2, eval_every=3, pictures=1)
+    tiny_config.update(ema_decay=0.0)
+    tiny_config.data.update(data_dir=str(scenes_dir), max_proposals=(32, 16))
+    tiny_config.model.detector = "rpn"
+    return tiny_config
+
+
+def ablation(base, *rows, baseline="fpn"):
+    return ml_collections.ConfigDict({"title": "Tiny", "baseline": baseline, "base": base, "rows": rows})
+
+
+ROWS = (
+    {"name": "fpn", "note": "all of it", "changes": {}, "published": {"AR100": 44.0}},
+    {"name": "bottom_up", "changes": {"model.neck.top_down": False}},
+)
+FAST = {
+    "model.detector": "fast_rcnn",
+    "data.proposals_train": "row:fpn",
+    "data.proposals_eval": "row:fpn",
+}
+
+
+def test_a_sweep_runs_its_rows_once_and_the_report_reads_them(tmp_path, base, capsys, monkeypatch):
+    config, workdir = ablation(base, *ROWS, {"name": "fast", "changes": FAST}), str(tmp_path / "sweep")
+    sweep.sweep(config, workdir, 1, ["fast"])  # which needs the proposals of fpn
+    out = capsys.readouterr().out
+    assert "fpn, seed 0: finished in" in out and "fast, seed 0: finished in" in out and "bottom_up" in out
+    assert not (tmp_path / "sweep" / "bottom_up").exists()
+    given = sorted(path.name for path in (tmp_path / "sweep/fpn/seed0/proposals").iterdir())
+    assert len(given) == 2 and given[0].startswith("scenes_train_step") and given[1].endswith("_16.npz")
+    plan = json.loads((tmp_path / "sweep" / "plan.json").read_text())
+    assert [row["name"] for row in plan["rows"]] == ["fpn", "bottom_up", "fast"]
+    assert plan["rows"][0]["anchors"] == 3 * (16**2 + 8**2 + 4**2 + 2**2 + 1)
+    assert plan["rows"][0]["flops"] > plan["rows"][1]["flops"] > 1e5
+
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "sweep").glob("*/seed0/metrics.json")}
+    sweep.sweep(config, workdir, 1)
+    assert "fpn, seed 0: finished before" in capsys.readouterr().out
+    assert all(path.stat().st_mtime_ns == at for path, at in before.items())
+    analysis = json.loads((tmp_path / "sweep/fast/seed0/eval/val/analysis.json").read_text())
+    assert sum(analysis["levels"]["box"]["rois"]) > 0 and analysis["errors"]["count"]["FN"] > 0
+    report([workdir])
+    page = (tmp_path / "sweep" / "report" / "report.md").read_text()
+    assert "bottom_up" in page and "44.0" in page
+
+    config.base.num_steps = 7
+    with pytest.raises(UserError, match="1 runs failed: fpn, seed 0"):
+        sweep.sweep(config, workdir, 1, ["fpn"])
+    assert "was run with another num_steps" in capsys.readouterr().err
+
+
+def test_a_killed_sweep_goes_on_where_it_was(tmp_path, base):
+    base.num_steps = 40
+    path = tmp_path / "ablation.py"
+    values = json.dumps({"base": base.to_dict(), "rows": ROWS[:1]})
+    path.write_text(
+        "import json, ml_collections\n"
+        "def get_config():\n"
+        f"    values = json.loads({values!r})\n"
+        "    rows = tuple(values['rows'])\n"
+        "    config = ml_collections.ConfigDict({'title': 'T', 'baseline': 'fpn', 'base': values['base']})\n"
+        "    config.rows = rows\n"
+        "    return config\n"
+    )
+    workdir = tmp_path / "sweep"
+    command = [sys.executable, "-m", "fpn_jax.sweep", f"--config={path}", f"--workdir={workdir}", "--seeds=1"]
+    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    victim = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=-3, stderr=-3)
+    checkpoints, deadline = workdir / "fpn/seed0/checkpoints", time.monotonic() + 200
+    while time.monotonic() < deadline and not any(p.name.isdigit() for p in checkpoints.glob("*")):
+        time.sleep(0.01)
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    assert not (workdir / "fpn/seed0/metrics.json").exists(), "it ended before it could be killed"
+    again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert "continuing at step" in again.stderr
+    assert (workdir / "fpn/seed0/metrics.json").exists()
+
+
+def test_four_stages_share_their_features(tmp_path, base):
+    base.update(num_steps=4, eval_every=0)
+    base.model.detector = "faster_rcnn"
+    base.model.backbone.norm = "bn"
+    from experiments.faster_rcnn_r50_fpn_4step import stages
+
+    base.stages = tuple({"name": s["name"], "changes": s["changes"]} for s in stages(4, 4, (32, 16)))
+    sweep.sweep(ablation(base, ROWS[0]), str(tmp_path), 1)
+    workdir = tmp_path / "fpn" / "seed0"
+    saved = {}
+    for name in ("1_rpn", "2_fast_rcnn", "3_rpn", "4_fast_rcnn", "."):
+        with checkpoint.Checkpoints(str(workdir / name)) as checkpoints:
+            variables, _ = checkpoints.saved_weights("best")
+        saved[name] = {kind: flat(variables[kind]) for kind in ("params", "batch_stats")}
+    shared = [key for key in saved["."]["params"] if key.split("/")[0] in ("backbone", "neck")]
+    assert len(shared) > 20
+    for name in ("3_rpn", "4_fast_rcnn", "."):
+        for key in shared:
+            np.testing.assert_array_equal(saved[name]["params"][key], saved["2_fast_rcnn"]["params"][key])
+        for key, value in saved[name]["batch_stats"].items():  # statistics of frozen parts stand still, too
+            np.testing.assert_array_equal(value, saved["2_fast_rcnn"]["batch_stats"][key])
+    assert any((saved["1_rpn"]["params"][key] != saved["."]["params"][key]).any() for key in shared)
+    for name, part in (("3_rpn", "rpn_head"), ("4_fast_rcnn", "box_head")):
+        for key in [key for key in saved["."]["params"] if key.startswith(part)]:
+            np.testing.assert_array_equal(saved["."]["params"][key], saved[name]["params"][key])
+    metrics = json.loads((workdir / "metrics.json").read_text())
+    assert evaluate.evaluate(str(workdir), None, "best", 0, None) == metrics
+
+
+def flat(tree, prefix=""):
+    if not isinstance(tree, dict):
+        return {prefix[:-1]: np.asarray(tree)}
+    return {key: x for name, value in tree.items() for key, x in flat(value, f"{prefix}{name}/").items()}
+
+
+def test_proposals_of_an_rpn_are_saved_and_read(tmp_path, base, monkeypatch, capsys):
+    sweep.sweep(ablation(base, ROWS[0]), str(tmp_path), 1)
+    workdir = tmp_path / "fpn" / "seed0"
+    output = tmp_path / "found.npz"
+    flags = [f"--workdir={workdir}", "--split=train", f"--output={output}", "--most=20"]
+    done = subprocess.run([sys.executable, "-m", "fpn_jax.propose", *flags], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    table = read(output)
+    assert len(table.image_id) == 16 and max(np.diff(table.offsets)) <= 20
+    again = read(workdir / "eval" / "val" / "proposals.npz")
+    assert len(again.image_id) == 5 and (again.boxes[:, 2:] >= again.boxes[:, :2]).all()
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (({"name": "a b", "changes": {}},), r"row 'a b' is there twice or is no plain word"),
+        (({"name": "fpn"},), r"rows\[0\] lacks 'name' or 'changes'"),
+        (
+            ({"name": "fpn", "changes": {}, "notes": ""},),
+            r"row 'fpn' has an unknown 'notes'; keys are changes, in_table",
+        ),
+        (
+            ({"name": "fpn", "changes": {"model.nek.channels": 3}},),
+            r"row fpn: the config has no model.nek.channels; did",
+        ),
+        (({"name": "fpn", "changes": {"model.neck.channels": "3"}},), r"row fpn: model.neck.channels is '3', a str"),
+        (
+            ({"name": "fpn", "changes": {"model.neck.lateral": False, "model.neck.top_down": False}},),
+            r"row fpn: model.neck.lateral and model.neck.top_down are both False",
+        ),
+        (
+            ({"name": "fpn", "changes": {"model.rpn.levels": (2, 3, 4, 5, 7)}},),
+            r"row fpn: model.rpn.levels .* no level 7",
+        ),
+        (({"name": "fpn", "changes": FAST},), r"row fpn: data.proposals_train names row 'fpn', which must come before"),
+        (({"name": "other", "changes": {}},), r"baseline is 'fpn'; choose one of the rows other"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_anything_runs(tmp_path, base, rows, message):
+    with pytest.raises(UserError, match=message):
+        sweep.sweep(ablation(base, *rows), str(tmp_path / "sweep"), 1)
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_unknown_rows_and_configs_that_are_no_ablation_are_refused(tmp_path, base):
+    with pytest.raises(UserError, match="there is no row 'top_down'; choose some of fpn, bottom_up"):
+        sweep.sweep(ablation(base, *ROWS), str(tmp_path / "sweep"), 1, ["top_down"])
+    with pytest.raises(UserError, match="--config has no title: it is no ablation"):
+        sweep.check_rows(base)
+
+
+def test_two_configs_can_be_compared(capsys):
+    config = cli.load_config(str(ROOT / "experiments/ablations/rpn.py:scenes"))
+    sweep._print_difference(config, ["fpn", "bottom_up"])
+    assert capsys.readouterr().out.splitlines() == [
+        "fpn -> bottom_up: 1 keys differ",
+        "  model.neck.top_down  True -> False",
+    ]
+    sweep._print_difference(config, ["finest"])
+    assert "  model.neck.outputs       () -> (2,)" in capsys.readouterr().out
+    sweep._print_difference(config, ["fpn", str(ROOT / "experiments/demo.py")])
+    assert "num_steps                600 -> 750" in capsys.readouterr().out
+    with pytest.raises(UserError, match="'top' is neither a config file nor one of the rows c4"):
+        sweep._print_difference(config, ["top"])
+
+
+def test_changes_leave_the_base_and_take_whole_groups(base):
+    other = changed(base, {"model.neck": {"name": "none", "levels": (4,)}, "seed": 5}, "row")
+    assert other.model.neck.to_dict() == {"name": "none", "levels": (4,)}
+    assert base.model.neck.name == "fpn" and base.seed == 0
+    assert ("seed", 0, 5) in difference(base, other)
+    resolved = changed(base, {"init_from": "stage:1"}, "row", {"stage:1": "/some/where"})
+    assert resolved.init_from == "/some/where"
+    with pytest.raises(UserError, match="row: init_from is 'stage:2'; name one that comes before: stage:1"):
+        changed(base, {"init_from": "stage:2"}, "row", {"stage:1": "/some/where"})
