@@ -38,6 +38,7 @@ def propose(workdir: str, split: Split, path: Path, most: int, which: str = "bes
     config.model.rpn.pre_nms_test = max(config.model.rpn.pre_nms_test, most)
     config.model.rpn.post_nms_test = most
     mesh = sharding.make_mesh()
+    sharding.check_batch_size(mesh, config.eval_batch_size, f"eval_batch_size in {workdir}/config.json")
     options = common.pipeline_options(config)
     detector = common.make_detector(config, common.Classes.read(workdir))
     like = common.abstract_variables(detector, options.buckets[0], sharding.replicated(mesh))

@@ -80,7 +80,9 @@ def their_name(path: Path, format: Format) -> str | None:
 
 
 def is_known(name: str, format: Format) -> bool:
-    """Whether a name of theirs belongs to a module of the table, of whatever size."""
+    """Whether a name of theirs belongs to a module of the table, of whatever size; all of our own do."""
+    if format.ours:
+        return True
     module, _, leaf = name.rpartition(".")
     return leaf in _LEAVES.values() and any(_regex(t, bare=True).fullmatch(module) for t in format.modules.values())
 

@@ -146,9 +146,7 @@ _RESNET_IN_DETECTOR = _prefixed(TORCHVISION_RESNET, "backbone/", "backbone.body.
 
 # The first whose sign a file bears is taken, so the more particular ones stand first.
 FORMATS = (
-    Format(
-        "fpn_jax", "fpn_jax detector", ("params/rpn_head/conv/kernel", "params/box_head/classes/kernel"), {}, ours=True
-    ),
+    Format("fpn_jax", "fpn_jax detector", ("params/backbone/stem_conv/kernel",), {}, ours=True),
     Format(
         "torchvision",
         "torchvision Faster R-CNN v2, ResNet-FPN",
