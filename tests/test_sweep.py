@@ -219,3 +219,12 @@ def test_changes_leave_the_base_and_take_whole_groups(base):
     assert resolved.init_from == "/some/where"
     with pytest.raises(UserError, match="row: init_from is 'stage:2'; name one that comes before: stage:1"):
         changed(base, {"init_from": "stage:2"}, "row", {"stage:1": "/some/where"})
+
+
+def test_the_readmes_own_ablation_is_one(tmp_path):
+    readme = (ROOT / "README.md").read_text()
+    code = readme.split("```python\n")[1].split("```")[0]
+    path = tmp_path / "width.py"
+    path.write_text(code)
+    assert len(code.strip().splitlines()) <= 12
+    assert list(sweep.check_rows(cli.load_config(str(path)))) == ["d16", "d32", "d64"]
