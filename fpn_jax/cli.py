@@ -12,9 +12,10 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from fpn_jax.errors import UserError
+from fpn_jax.errors import Stopped, UserError
 
 _STATUS_USER_ERROR = 2  # as argparse and most Unix tools do
+STATUS_STOPPED = 75  # EX_TEMPFAIL: a scheduler may run the same command again
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
 _PATH_ERRORS = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOENT)
 
@@ -35,6 +36,9 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
             elif error.errno not in _DISK_ERRORS:
                 raise
             _fail(f"{error.filename or 'writing'}: {error.strerror}; {hint}")
+        except Stopped as stopped:
+            print(stopped, file=sys.stderr, flush=True)
+            sys.exit(STATUS_STOPPED)
         except KeyboardInterrupt:
             print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
             sys.exit(130)

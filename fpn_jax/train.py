@@ -19,7 +19,7 @@ import ml_collections
 from fpn_jax import cli, common, visualize
 from fpn_jax.data.datasets import Split
 from fpn_jax.data.pipeline import PipelineOptions, train_batches
-from fpn_jax.errors import UserError
+from fpn_jax.errors import Stopped, UserError
 from fpn_jax.models import build_detector
 from fpn_jax.models.detector import Detector
 from fpn_jax.propose import open_proposals
@@ -30,6 +30,7 @@ from fpn_jax.training.logs import MetricLog
 from fpn_jax.training.optim import make_optimizer, make_schedule
 from fpn_jax.training.state import inference_variables, init_variables, make_state
 from fpn_jax.training.step import make_train_step
+from fpn_jax.training.watch import Compilations, StopRequest, TimedBatches
 from fpn_jax.types import TrainState
 
 _CONFIG = cli.config_flag()
@@ -75,20 +76,26 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
             changes = _changes(config, workdir)
             checkpoint.write_config(workdir, config)
             classes.write(workdir)
-        with MetricLog(workdir, config.num_steps, first, enabled=rank == 0) as log:
+        with MetricLog(workdir, config.num_steps, first, enabled=rank == 0) as log, StopRequest() as stop:
             log.message(_describe(state, mesh, train_split, options, first))
             for line in [*origin, *(changes if rank == 0 else [])]:
                 log.message(line)
             run = _Run(config, workdir, evaluator, checkpoints, log)
             metrics = _finished(workdir) if first >= config.num_steps else None
+            batches, compilations = TimedBatches(batches), Compilations(train_step)
             for step, host in zip(range(first + 1, config.num_steps + 1), batches, strict=False):
                 run.image_ids.append((step, host["image_id"].tolist()))
                 state, step_metrics = train_step(state, sharding.put_batch(mesh, host))
-                run.check_finite(log.write(step, step_metrics))
-                last = step == config.num_steps
+                run.check_finite(log.write(step, step_metrics | {"data_wait": batches.waited}))
+                if warning := compilations.check(host):
+                    log.message(warning)
+                last, stopping = step == config.num_steps, stop.came(step)
                 # Saving comes first: what an evaluation dies of must not cost the steps before it.
-                if last or step % config.checkpoint_every == 0:
+                if last or stopping or step % config.checkpoint_every == 0:
                     run.save(state, position)
+                if stopping and not last:
+                    checkpoints.wait()
+                    raise Stopped(f"stopped after step {step} as told, which is saved; the same command continues")
                 if last or (config.eval_every and step % config.eval_every == 0):
                     metrics = run.evaluate(state, last)
             if metrics is None:  # killed between its last step and the end of the last evaluation

@@ -56,3 +56,29 @@ def test_a_killed_run_continues_with_the_same_losses(tmp_path, tiny_experiment):
     assert "continuing at step" in again.stderr
     assert losses(broken) == expected
     assert json.loads((broken / "metrics.json").read_text()) == json.loads((unbroken / "metrics.json").read_text())
+
+
+def test_a_run_told_to_stop_saves_first_and_says_so(tmp_path, tiny_experiment):
+    """SIGTERM: the next step is saved, the status is one of its own, and nothing is lost or done twice."""
+    workdir = tmp_path / "run"
+    changes = ["--config.num_steps=100", "--config.checkpoint_every=1000"]
+    arguments = [sys.executable, "-m", "fpn_jax.train", f"--config={tiny_experiment}", f"--workdir={workdir}", *changes]
+    process = subprocess.Popen(arguments, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and not (workdir / "metrics.jsonl").exists():
+        time.sleep(0.01)
+    while time.monotonic() < deadline and len(losses(workdir)) < 3:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 75, errors
+    (saved,) = finished_checkpoints(workdir)
+    assert f"stopped after step {saved.name} as told, which is saved; the same command continues" in errors
+    assert sorted(losses(workdir)) == list(range(1, int(saved.name) + 1))
+    again = subprocess.run(arguments, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert f"continuing at step {saved.name}" in again.stderr
+    assert sorted(losses(workdir)) == list(range(1, 101))
+    assert "compiled once more" not in again.stderr + errors
+    waits = [json.loads(line).get("data_wait") for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 <= wait <= 1 for wait in waits if wait is not None) and sum(wait is not None for wait in waits) == 100

@@ -42,6 +42,11 @@ def wait_for_all(what: str) -> None:
         multihost_utils.sync_global_devices(what)
 
 
+def preempted(step: int) -> bool:
+    """Whether the platform takes one of several processes away; the same step and answer on all of them."""
+    return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
+
+
 def process() -> tuple[int, int]:
     """(rank of this process, number of processes)."""
     return jax.process_index(), jax.process_count()
