@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,12 +14,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-def train(config, workdir, processes):
-    """Run the training command in that many processes and return the losses and the final metrics."""
+def start(config, workdir, processes, *changes):
+    """The training command in that many processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    command = [sys.executable, "-m", "fpn_jax.train", f"--config={config}", f"--workdir={workdir}"]
+    command = [sys.executable, "-m", "fpn_jax.train", f"--config={config}", f"--workdir={workdir}", *changes]
     running = []
     for rank in range(processes):
         environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
@@ -29,7 +31,12 @@ def train(config, workdir, processes):
             }
             environment |= place
         running.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=-1, stderr=-1, text=True))
-    for process in running:
+    return running
+
+
+def train(config, workdir, processes):
+    """Run it to its end and return the losses and the final metrics."""
+    for process in start(config, workdir, processes):
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
@@ -44,3 +51,17 @@ def test_two_processes_give_the_losses_and_scores_of_one(tmp_path, tiny_experime
     assert len(two_losses) == 12
     assert two_metrics["num_images"] == one_metrics["num_images"] == 5  # not even over two processes
     assert two_metrics["num_detections"] == pytest.approx(one_metrics["num_detections"], abs=2)
+
+
+def test_all_processes_stop_when_one_is_told_to(tmp_path, tiny_experiment):
+    """The platform takes one worker away: all save at the same step and leave with the status of a stopped run."""
+    workdir = tmp_path / "run"
+    running = start(tiny_experiment, workdir, 2, "--config.num_steps=5000", "--config.checkpoint_every=5000")
+    log, deadline = workdir / "metrics.jsonl", time.monotonic() + 300
+    while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") >= 3):
+        time.sleep(0.05)
+    running[1].send_signal(signal.SIGTERM)
+    errors = [process.communicate(timeout=200)[1] for process in running]
+    assert [process.returncode for process in running] == [75, 75], errors
+    (saved,) = [path.name for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
+    assert all(f"stopped after step {saved} as told" in error for error in errors)
