@@ -108,7 +108,7 @@ def main(argv: Sequence[str]) -> None:
     schedule = make_schedule(config.optim, config.batch_size, config.num_steps)
     optimizer = make_optimizer(config.optim, schedule, variables["params"], detector.frozen)
     state = sharding.put_replicated(mesh, make_state(variables, optimizer, config.ema_decay))
-    step = make_train_step(detector, optimizer, schedule, config.seed, config.accumulate, config.ema_decay)
+    step = make_train_step(detector, optimizer, schedule, config.seed, config.accumulate, config.ema_decay, mesh)
     batches = [
         sharding.put_batch(mesh, random_batch(config.batch_size, height, width, _CLASSES.value, seed))
         for seed in range(4)

@@ -187,11 +187,11 @@ class Evaluator:
 
     @cached_property
     def _detect(self) -> Any:
-        return make_detect(self.detector)
+        return make_detect(self.detector, self.mesh)
 
     @cached_property
     def _counts(self) -> Any:
-        return make_level_counts(self.detector)
+        return make_level_counts(self.detector, self.mesh)
 
     def _batches(self) -> Iterator[dict[str, Any]]:
         rank, world = sharding.process()

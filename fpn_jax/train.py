@@ -64,7 +64,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
         schedule = make_schedule(config.optim, config.batch_size, config.num_steps)
         optimizer = make_optimizer(config.optim, schedule, variables["params"], detector.frozen)
         state = sharding.put_replicated(mesh, make_state(variables, optimizer, config.ema_decay))
-        train_step = make_train_step(detector, optimizer, schedule, config.seed, config.accumulate, config.ema_decay)
+        how = config.seed, config.accumulate, config.ema_decay, mesh
+        train_step = make_train_step(detector, optimizer, schedule, *how)
         position = _position(config, train_split)
         if found := checkpoints.restore(state):
             state, saved_position = found

@@ -10,10 +10,20 @@ Boxes are float32 `x1 y1 x2 y2` in pixels of the resized, padded image; a box co
 is x2 - x1 (no +1). Sizes are `height, width`. Labels are 0 .. k-1; background is the model's own business.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
 import jax
+
+# What is done to a function of batches whose images have nothing to do with each other. Between devices XLA does not
+# always see that: it would send all images to all of them for a top_k, and ask them all in every round of an NMS.
+PerDevice = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def together(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The whole batch at once, as it is: right on one device; `fpn_jax.training.sharding.per_device` is for several."""
+    return function
 
 
 @flax.struct.dataclass

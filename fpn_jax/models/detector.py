@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fpn_jax.models.layers import Pixels, normalize_pixels
+from fpn_jax.types import PerDevice, together
 
 Scalars = dict[str, jax.Array]
 
@@ -23,12 +24,14 @@ class Detector(nn.Module, kw_only=True):
         pixels: what the backbone's weights expect of its input.
         frozen_parts: which of "backbone", "neck", "rpn_head" and "box_head" are not trained at all; their batch norms
             keep their statistics, too.
+        per_device: what keeps the work on single images where they are; see `PerDevice`.
     """
 
     backbone: nn.Module
     neck: nn.Module
     pixels: Pixels = Pixels()
     frozen_parts: tuple[str, ...] = ()
+    per_device: PerDevice = together
     dtype: Any = jnp.float32
 
     class_agnostic: ClassVar[bool] = False  # whether it only tells where objects are

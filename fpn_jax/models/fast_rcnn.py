@@ -44,9 +44,10 @@ class FastRCNN(Detector, kw_only=True):
                 batch.labels,
                 batch.valid,
                 keys,
+                self.per_device,
             )
         with jax.named_scope("roi_align"):
-            pooled = box.roi_features(self.box_settings, pyramid, rois.boxes)
+            pooled = box.roi_features(self.box_settings, pyramid, rois.boxes, self.per_device)
         with jax.named_scope("box_head"):
             levels = box.levels_of(self.box_settings, rois.boxes)
             logits, deltas = self.box_head(pooled, train and "box_head" not in self.frozen_parts, levels)
@@ -58,11 +59,12 @@ class FastRCNN(Detector, kw_only=True):
     ) -> Detections:
         """Detections made of proposals [b r 4]; size [b 2]."""
         with jax.named_scope("roi_align"):
-            pooled = box.roi_features(self.box_settings, pyramid, proposals)
+            pooled = box.roi_features(self.box_settings, pyramid, proposals, self.per_device)
         with jax.named_scope("box_head"):
             logits, deltas = self.box_head(pooled, False, box.levels_of(self.box_settings, proposals))
         with jax.named_scope("detect"):
-            return box.detect(self.box_settings, logits, deltas, proposals, proposals_valid, size)
+            given = proposals, proposals_valid, size
+            return box.detect(self.box_settings, logits, deltas, *given, self.per_device)
 
     def losses(self, batch: Batch, key: jax.Array, train: bool = True) -> tuple[Scalars, Scalars]:
         """(losses, statistics) of a batch, scalars; the loss of the detector is the plain sum of the losses."""

@@ -52,9 +52,16 @@ class RPN(Detector, kw_only=True):
         """(losses, statistics) of what `predict_anchors` gave; keys [b] draw the anchors."""
         with jax.named_scope("rpn_losses"):
             flat_logits, flat_deltas = (jnp.concatenate(list(x.values()), axis=1) for x in (logits, deltas))
-            flat_anchors = jnp.concatenate([jnp.asarray(a) for a in anchors.values()])
+            flat_anchors = np.concatenate(list(anchors.values()))
             return rpn.rpn_losses(
-                self.rpn_settings, flat_logits, flat_deltas, flat_anchors, batch.boxes, batch.valid, keys
+                self.rpn_settings,
+                flat_logits,
+                flat_deltas,
+                flat_anchors,
+                batch.boxes,
+                batch.valid,
+                keys,
+                self.per_device,
             )
 
     def propose(
@@ -67,7 +74,7 @@ class RPN(Detector, kw_only=True):
     ) -> rpn.Proposals:
         """Proposals of what `predict_anchors` gave; size [b 2]."""
         with jax.named_scope("proposals"):
-            return rpn.propose(self.rpn_settings, logits, deltas, anchors, size, train)
+            return rpn.propose(self.rpn_settings, logits, deltas, anchors, size, train, self.per_device)
 
     def losses(self, batch: Batch, key: jax.Array, train: bool = True) -> tuple[Scalars, Scalars]:
         """(losses, statistics) of a batch, scalars; the loss of the detector is the plain sum of the losses."""
@@ -91,8 +98,9 @@ class RPN(Detector, kw_only=True):
     ) -> dict[str, jax.Array]:
         """As `level_counts`, of the RPN alone."""
         levels = np.repeat(np.int32(list(anchors)), [len(a) for a in anchors.values()])
-        flat = jnp.concatenate([jnp.asarray(a) for a in anchors.values()])
-        best = jax.lax.map(lambda boxes: iou(boxes, flat).argmax(-1), batch.boxes)
+        flat = np.concatenate(list(anchors.values()))
+        one_by_one = self.per_device(lambda images: jax.lax.map(lambda boxes: iou(boxes, flat).argmax(-1), images))
+        best = one_by_one(batch.boxes)
         return {
             "objects": count_levels(self.rpn_settings.levels, jnp.asarray(levels)[best], batch.valid),
             "proposals": count_levels(self.rpn_settings.levels, proposals.levels, proposals.valid),

@@ -5,6 +5,7 @@ first axis, and XLA puts in the gradient sums. The same code runs on one CPU, ei
 """
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fpn_jax.errors import UserError
-from fpn_jax.types import Batch
+from fpn_jax.types import Batch, PerDevice, together
 
 
 def start_processes() -> None:
@@ -91,6 +92,18 @@ def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> Batch:
 def put_replicated(mesh: Mesh, tree: Any) -> Any:
     """Values that are equal on all processes -> arrays that every device holds."""
     return jax.device_put(jax.tree.map(np.asarray, tree), replicated(mesh))
+
+
+def per_device(mesh: Mesh) -> PerDevice:
+    """A function of batches, arrays [b ...], for each device's own images, without a word between devices."""
+    if mesh.size == 1:
+        return together
+
+    def split_up(function: Callable[..., Any]) -> Callable[..., Any]:
+        along = PartitionSpec("data")
+        return jax.shard_map(function, mesh=mesh, in_specs=along, out_specs=along, check_vma=False)
+
+    return split_up
 
 
 def local_rows(tree: Any) -> Any:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from fpn_jax.models.detector import Detector
+from fpn_jax.training import sharding
 from fpn_jax.training.optim import Schedule, is_frozen, tree_of_paths
 from fpn_jax.types import Batch, Detections, TrainState
 
@@ -21,6 +22,7 @@ def make_train_step(
     seed: int,
     accumulate: int = 1,
     ema_decay: float = 0.0,
+    mesh: Any = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """step(state, batch) -> (state, metrics), jitted; the given state's memory is reused, so it must not be read again.
 
@@ -28,7 +30,9 @@ def make_train_step(
         seed: of the sampling of anchors and RoIs; with the step number it decides them, on any number of devices.
         accumulate: pieces the batch is cut into, one after another, whose gradients are averaged.
         ema_decay: of the averaged parameters; 0 for none. It warms up as (1 + step) / (10 + step).
+        mesh: of the devices that the batch is split over; work on single images then stays on their device.
     """
+    detector = _on(detector, mesh)
 
     def loss_fn(params, batch_stats, batch, key):
         variables = {"params": params, "batch_stats": batch_stats}
@@ -72,13 +76,19 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0)
 
 
-def make_level_counts(detector: Detector) -> Callable[[dict[str, Any], Batch], Any]:
+def _on(detector: Detector, mesh: Any) -> Detector:
+    return detector if mesh is None else detector.clone(per_device=sharding.per_device(mesh))
+
+
+def make_level_counts(detector: Detector, mesh: Any = None) -> Callable[[dict[str, Any], Batch], Any]:
     """counts(variables, batch) -> {part: {what: int32 [b l]}}, see `Detector`; jitted."""
+    detector = _on(detector, mesh)
     return jax.jit(lambda variables, batch: detector.apply(variables, batch, method="level_counts"))
 
 
-def make_detect(detector: Detector) -> Callable[[dict[str, Any], Batch], Detections]:
+def make_detect(detector: Detector, mesh: Any = None) -> Callable[[dict[str, Any], Batch], Detections]:
     """detect(variables, batch) -> detections in pixels of the resized image, jitted."""
+    detector = _on(detector, mesh)
 
     def detect(variables: dict[str, Any], batch: Batch) -> Detections:
         return detector.apply(variables, batch, method="detect")

@@ -20,7 +20,7 @@ def set_up(config, mesh, **step_options):
     schedule = make_schedule(config.optim, config.batch_size, config.num_steps)
     optimizer = make_optimizer(config.optim, schedule, variables["params"], detector.frozen)
     state = sharding.put_replicated(mesh, make_state(variables, optimizer, step_options.get("ema_decay", 0.0)))
-    return detector, state, make_train_step(detector, optimizer, schedule, config.seed, **step_options)
+    return detector, state, make_train_step(detector, optimizer, schedule, config.seed, mesh=mesh, **step_options)
 
 
 def train(config, devices, batches, **step_options):

@@ -16,7 +16,7 @@ from fpn_jax.ops.nms import nms_top
 from fpn_jax.ops.roi_align import multilevel_roi_align, roi_levels
 from fpn_jax.ops.roi_pool import multilevel_roi_pool
 from fpn_jax.ops.sampling import sample
-from fpn_jax.types import Detections
+from fpn_jax.types import Detections, PerDevice, together
 
 
 @flax.struct.dataclass
@@ -122,15 +122,19 @@ def levels_of(settings: BoxSettings, boxes: jax.Array) -> jax.Array:
     return roi_levels(boxes, sorted(settings.levels), settings.k0, settings.canonical_size, settings.level_eps)
 
 
-def roi_features(settings: BoxSettings, pyramid: Mapping[int, jax.Array], boxes: jax.Array) -> jax.Array:
+def roi_features(
+    settings: BoxSettings, pyramid: Mapping[int, jax.Array], boxes: jax.Array, per_device: PerDevice = together
+) -> jax.Array:
     """RoIAlign, or RoI pooling, from the level that fits each box's size: boxes [b r 4] -> [b r h w c]."""
-    pyramid = {level: pyramid[level] for level in settings.levels}
-    where = {"k0": settings.k0, "canonical": settings.canonical_size, "eps": settings.level_eps}
-    if settings.pooling == "pool":
-        return multilevel_roi_pool(pyramid, boxes, settings.pooled_size, **where)
-    return multilevel_roi_align(
-        pyramid, boxes, settings.pooled_size, settings.sampling_ratio, settings.aligned, **where
-    )
+
+    def pooled(pyramid: dict[int, jax.Array], boxes: jax.Array) -> jax.Array:
+        where = {"k0": settings.k0, "canonical": settings.canonical_size, "eps": settings.level_eps}
+        if settings.pooling == "pool":
+            return multilevel_roi_pool(pyramid, boxes, settings.pooled_size, **where)
+        how = settings.pooled_size, settings.sampling_ratio, settings.aligned
+        return multilevel_roi_align(pyramid, boxes, *how, **where)
+
+    return per_device(pooled)({level: pyramid[level] for level in settings.levels}, boxes)
 
 
 def sample_rois(
@@ -142,6 +146,7 @@ def sample_rois(
     labels: jax.Array,
     valid: jax.Array,
     keys: jax.Array,
+    per_device: PerDevice = together,
 ) -> SampledRoIs:
     """Draw settings.samples RoIs per image, a quarter of them on objects, and give each its target.
 
@@ -168,7 +173,7 @@ def sample_rois(
         rois = jnp.where(drawn.valid[:, None], proposals[drawn.index], 0)
         return SampledRoIs(rois, slot, boxes[gt], positive, drawn.valid)
 
-    return jax.lax.stop_gradient(jax.vmap(one)(proposals, proposals_valid, boxes, labels, valid, keys))
+    return jax.lax.stop_gradient(per_device(jax.vmap(one))(proposals, proposals_valid, boxes, labels, valid, keys))
 
 
 def box_losses(
@@ -203,6 +208,7 @@ def detect(
     proposals: jax.Array,
     proposals_valid: jax.Array,
     size: jax.Array,
+    per_device: PerDevice = together,
 ) -> Detections:
     """Scores above the threshold, NMS per class, the best settings.detections of each image.
 
@@ -228,4 +234,4 @@ def detect(
             valid=valid,
         )
 
-    return jax.vmap(one)(logits, deltas, proposals, proposals_valid, size)
+    return per_device(jax.vmap(one))(logits, deltas, proposals, proposals_valid, size)

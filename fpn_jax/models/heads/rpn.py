@@ -16,6 +16,7 @@ from fpn_jax.ops.losses import sigmoid_bce, smooth_l1
 from fpn_jax.ops.matching import BELOW, match
 from fpn_jax.ops.nms import nms
 from fpn_jax.ops.sampling import sample
+from fpn_jax.types import PerDevice, together
 
 
 @flax.struct.dataclass
@@ -141,10 +142,11 @@ def rpn_losses(
     settings: RPNSettings,
     logits: jax.Array,
     deltas: jax.Array,
-    anchors: jax.Array,
+    anchors: np.ndarray,
     boxes: jax.Array,
     valid: jax.Array,
     keys: jax.Array,
+    per_device: PerDevice = together,
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """Objectness and box losses over the sampled anchors of the whole batch, both sums divided by their number (see
     `RPNSettings.normalizer`).
@@ -156,7 +158,8 @@ def rpn_losses(
     def image_terms(logits, deltas, boxes, valid, key):
         key = key if settings.sampling == "random" else None
         matched, index, positive, drawn = label_anchors(settings, anchors, boxes, valid, key)
-        target = box_ops.encode(boxes[jnp.maximum(matched[index], 0)], anchors[index], settings.delta_weights)
+        drawn_anchors = jnp.asarray(anchors)[index]
+        target = box_ops.encode(boxes[jnp.maximum(matched[index], 0)], drawn_anchors, settings.delta_weights)
         box_loss = smooth_l1(deltas[index], target, settings.beta).sum(-1)
         bce = sigmoid_bce(logits[index], positive.astype(jnp.float32))
         return (
@@ -166,7 +169,8 @@ def rpn_losses(
             (positive & drawn).sum(),
         )
 
-    bce, box, drawn, positive = (x.sum() for x in jax.vmap(image_terms)(logits, deltas, boxes, valid, keys))
+    terms = per_device(jax.vmap(image_terms))(logits, deltas, boxes, valid, keys)
+    bce, box, drawn, positive = (x.sum() for x in terms)
     count = {"sampled": jnp.maximum(drawn, 1), "nominal": logits.shape[0] * settings.samples}[settings.normalizer]
     losses = {"rpn_objectness": bce / count, "rpn_box": box / count}
     return losses, {"rpn_positives": positive / logits.shape[0]}
@@ -179,6 +183,7 @@ def propose(
     anchors: Mapping[int, np.ndarray],
     size: jax.Array,
     train: bool,
+    per_device: PerDevice = together,
 ) -> Proposals:
     """Decode, clip, suppress per level and keep the best of all levels.
 
@@ -205,4 +210,4 @@ def propose(
         boxes = jnp.where(valid[:, None], boxes[best], 0)
         return Proposals(boxes, jax.nn.sigmoid(kept), valid, jnp.asarray(levels)[best])
 
-    return jax.lax.stop_gradient(jax.vmap(image_proposals)(dict(logits), dict(deltas), size))
+    return jax.lax.stop_gradient(per_device(jax.vmap(image_proposals))(dict(logits), dict(deltas), size))
