@@ -9,6 +9,7 @@ from typing import Any
 import ml_collections
 
 from fpn_jax import analysis, cli, common
+from fpn_jax.errors import UserError
 from fpn_jax.propose import open_proposals
 from fpn_jax.scoring import Evaluator, metrics_table
 from fpn_jax.training import checkpoint, sharding
@@ -55,6 +56,8 @@ def evaluate(
     with checkpoint.Checkpoints(workdir) as checkpoints:
         variables, step = checkpoints.restore_weights(like, which)
     regions = None
+    if proposals and config.model.get("detector") != "fast_rcnn":
+        raise UserError(f"--proposals={proposals}: {workdir} has a detector that proposes itself; leave it out")
     if config.model.get("detector") == "fast_rcnn":
         regions = open_proposals(proposals or config.data.proposals_eval, split, options.max_proposals[1])
     evaluator = Evaluator(detector, mesh, split, options, config.eval_batch_size, regions)

@@ -33,8 +33,9 @@ def propose(workdir: str, split: Split, path: Path, most: int, which: str = "bes
     NMS sees as many of each level, at least. Raises `UserError` if the workdir's detector proposes nothing.
     """
     config = ml_collections.ConfigDict(checkpoint.read_config(workdir).to_dict())
-    if config.model.get("detector", "faster_rcnn") != "rpn":
-        raise UserError(f"{workdir} has no RPN but a {config.model.detector}: give the workdir of model.detector=rpn")
+    kind = config.model.get("detector", "faster_rcnn")
+    if kind != "rpn":
+        raise UserError(f"{workdir} is no RPN but a {kind}: give the workdir of model.detector=rpn")
     config.model.rpn.pre_nms_test = max(config.model.rpn.pre_nms_test, most)
     config.model.rpn.post_nms_test = most
     mesh = sharding.make_mesh()
@@ -64,11 +65,14 @@ def open_proposals(address: str, split: Split, most: int) -> ProposalTable:
         )
     if not Path(address).is_dir():
         return read_proposals(address)
+    checkpoint.read_config(address)  # else it is no run at all
     with checkpoint.Checkpoints(address) as checkpoints:
         step = checkpoints.chosen_step("best")
     name = f"{split.name.replace('/', '_')}_{split.split}_step{step}_{most}.npz"
     path = Path(address) / "proposals" / name
-    if not path.exists():
+    # A run that was made anew in its old place has newer weights of the same step.
+    weights = max((f.stat().st_mtime for f in Path(address).glob("*") if f.name in ("best", "checkpoints")), default=0)
+    if not path.exists() or path.stat().st_mtime < weights:
         propose(address, split, path, most)
     return read_proposals(path)
 
@@ -77,6 +81,8 @@ def main(argv: Sequence[str]) -> None:
     """Entry point."""
     del argv
     cli.check_required(workdir=_WORKDIR.value, output=_OUTPUT.value)
+    if not _OUTPUT.value.endswith(".npz") or _MOST.value < 1:
+        raise UserError(f"--output={_OUTPUT.value} must end in .npz, and --most={_MOST.value} be at least 1")
     sharding.start_processes()
     config = ml_collections.ConfigDict(checkpoint.read_config(_WORKDIR.value).to_dict())
     config.data.data_dir = _DATA_DIR.value or config.data.data_dir

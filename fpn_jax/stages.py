@@ -4,9 +4,9 @@ For the four-step training that lets RPN and Fast R-CNN share their features (Re
 3.2): see experiments/faster_rcnn_r50_fpn_4step.py.
 """
 
+import contextlib
 import json
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,12 @@ import numpy as np
 
 from fpn_jax import common, evaluate, visualize
 from fpn_jax.errors import UserError
+from fpn_jax.evaluation import write_atomically
 from fpn_jax.models import PARTS
 from fpn_jax.training import checkpoint, sharding
 from fpn_jax.training.optim import make_optimizer, make_schedule
 from fpn_jax.training.state import init_variables, make_state
-from fpn_jax.variants import changed
+from fpn_jax.variants import changed, check_unchanged
 
 Train = Callable[[ml_collections.ConfigDict, str], dict[str, Any]]
 
@@ -32,27 +33,28 @@ def train_stages(config: ml_collections.ConfigDict, workdir: str, train: Train) 
     """
     configs = stage_configs(config, workdir)
     for where, stage in configs.items():
+        check_unchanged(stage, where)
         train(stage, where)
     metrics_file = Path(workdir) / "metrics.json"
     if metrics_file.exists():
         return json.loads(metrics_file.read_text())
     whole = _whole(config)
-    if sharding.process()[0] == 0:
-        with checkpoint.claim_workdir(workdir):
-            _join(whole, workdir, configs)
-    sharding.wait_for_all("the stages' weights")
+    _join(whole, workdir, configs)
     metrics = evaluate.evaluate(workdir, None, "best", config.pictures, None)
     if sharding.process()[0] == 0:
         folder = Path(workdir)
         visualize.curves(Path(list(configs)[-1]) / "metrics.jsonl", folder / "curves.png")
-        shutil.copyfile(folder / "eval" / config.data.eval_split / "metrics.json", metrics_file)
+        text = (folder / "eval" / config.data.eval_split / "metrics.json").read_text()
+        write_atomically(metrics_file, lambda file: file.write(text))
     return metrics
 
 
 def stage_configs(config: ml_collections.ConfigDict, workdir: str) -> dict[str, ml_collections.ConfigDict]:
     """{workdir of the stage: its config}, in order."""
     whole, runs, configs = _whole(config), {}, {}
-    for stage in config.stages:
+    for number, stage in enumerate(config.stages):
+        if not isinstance(stage, Mapping) or set(stage) != {"name", "changes"}:
+            raise UserError(f"config.stages[{number}] must be {{'name': ..., 'changes': {{...}}}}")
         where = f"{workdir}/{stage['name']}"
         configs[where] = changed(whole, stage["changes"], f"config.stages, {stage['name']}", runs)
         runs[f"stage:{stage['name']}"] = where
@@ -66,10 +68,31 @@ def _whole(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 
 
 def _join(config: ml_collections.ConfigDict, workdir: str, configs: dict[str, ml_collections.ConfigDict]) -> None:
-    """Write the workdir's weights, config and classes from those of the stages."""
-    classes = common.Classes.read(list(configs)[-1])
-    detector = common.make_detector(config, classes)
-    variables = init_variables(detector, common.pipeline_options(config).buckets[0], config.seed)
+    """Write the workdir's weights, config and classes from those of the stages, unless they are there already.
+
+    All processes do this, as orbax wants it.
+    """
+    first = sharding.process()[0] == 0
+    with (
+        checkpoint.claim_workdir(workdir) if first else contextlib.nullcontext(),
+        checkpoint.Checkpoints(workdir, writes=True) as checkpoints,
+    ):
+        if checkpoints.has_initial:
+            return
+        classes = common.Classes.read(list(configs)[-1])
+        detector = common.make_detector(config, classes)
+        variables = init_variables(detector, common.pipeline_options(config).buckets[0], config.seed)
+        _take_parts(variables, configs)
+        if first:
+            checkpoint.write_config(workdir, config)
+            classes.write(workdir)
+        optimizer = make_optimizer(config.optim, make_schedule(config.optim, config.batch_size, 1), variables["params"])
+        state = make_state(variables, optimizer, 0.0)
+        checkpoints.save_initial(sharding.put_replicated(sharding.make_mesh(), state))
+
+
+def _take_parts(variables: dict[str, Any], configs: dict[str, ml_collections.ConfigDict]) -> None:
+    """Replace each part of the variables by that of the last stage that has it."""
     lacking = set(variables["params"])
     for where in reversed(configs):
         with checkpoint.Checkpoints(where) as checkpoints:
@@ -81,11 +104,6 @@ def _join(config: ml_collections.ConfigDict, workdir: str, configs: dict[str, ml
                     variables[kind][part] = _as_arrays(saved[kind][part])
     if lacking:
         raise UserError(f"config.stages: no stage trains {', '.join(sorted(lacking))}; add one that does")
-    optimizer = make_optimizer(config.optim, make_schedule(config.optim, config.batch_size, 1), variables["params"])
-    checkpoint.write_config(workdir, config)
-    classes.write(workdir)
-    with checkpoint.Checkpoints(workdir, writes=True) as checkpoints:
-        checkpoints.save_initial(make_state(variables, optimizer, 0.0))
 
 
 def _as_arrays(tree: Any) -> Any:

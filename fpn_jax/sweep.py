@@ -9,13 +9,14 @@ on. Each run is an ordinary training in WORKDIR/ROW/seedK. A sweep that was stop
 command: what is finished stays, what was under way resumes. `fpn_jax.report` makes the tables.
 """
 
+import contextlib
 import json
 import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,10 @@ from fpn_jax.cost import cost
 from fpn_jax.errors import UserError
 from fpn_jax.evaluation import write_atomically
 from fpn_jax.models import build_detector
+from fpn_jax.stages import stage_configs
 from fpn_jax.train import train
 from fpn_jax.training import sharding
-from fpn_jax.variants import changed, difference, references
+from fpn_jax.variants import changed, check_unchanged, difference, references
 
 _CONFIG = cli.config_flag()
 _WORKDIR = cli.flag("workdir", str, None, "Folder of the sweep; one that is there continues.")
@@ -62,33 +64,40 @@ def sweep(config: ml_collections.ConfigDict, workdir: str, seeds: int, only: Seq
     Raises `UserError` before anything is run if a row cannot be built, and at the end if runs failed.
     """
     rows = check_rows(config)
-    chosen = _with_needed(rows, only or list(rows))
+    needs = {name: needed_rows(config, row) for name, row in rows.items()}
+    chosen = _with_needed(needs, only or list(rows))
     if seeds < 1:
         raise UserError(f"--seeds={seeds}; at least one")
     sharding.start_processes()
     common.set_up_jax()
+    first = sharding.process()[0] == 0
     all_seeds = [config.base.seed + i for i in range(seeds)]
+    configs = {seed: _configs(config, rows, chosen, workdir, seed) for seed in all_seeds}
+    for seed in all_seeds:  # nothing is written before all fits to what is there
+        for row_config, where in configs[seed].values():
+            sharding.check_batch_size(
+                sharding.make_mesh(), row_config.batch_size // row_config.accumulate, "batch_size"
+            )
+            check_unchanged(row_config, where)
     plan = make_plan(config, rows, all_seeds)
-    if sharding.process()[0] == 0:
+    if first:
         print(plan_table(plan, chosen), flush=True)
-        write_atomically(Path(workdir) / "plan.json", lambda file: json.dump(plan, file, indent=2))
-    failures = []
+        _write_plan(plan, Path(workdir) / "plan.json")
+    failures: list[str] = []
     for seed in all_seeds:
-        runs: dict[str, str] = {}
+        failed: set[str] = set()
         for name in chosen:
-            where = f"{workdir}/{name}/seed{seed}"
-            row_config = changed(config.base, {**rows[name]["changes"], "seed": seed}, f"row {name}", runs)
-            runs[f"row:{name}"] = where
-            try:
-                _run(row_config, where, f"{name}, seed {seed}")
-            except (UserError, jax.errors.JaxRuntimeError) as error:  # the latter: it does not fit into memory
+            lost = [other for other in needs[name] if other in failed]
+            problem = f"row {lost[0]} failed, whose run it needs" if lost else _run(*configs[seed][name], name, seed)
+            if problem:
+                failed.add(name)
                 failures.append(f"{name}, seed {seed}")
-                message = " ".join(str(error).split())[:500]
-                print(f"error: {failures[-1]}: {message}; the other rows go on", file=sys.stderr, flush=True)
+                print(f"error: {failures[-1]}: {problem}", file=sys.stderr, flush=True)
             jax.clear_caches()  # the next row is another program, and these would only grow
     if failures:
         raise UserError(f"{len(failures)} runs failed: {'; '.join(failures)}; see above, mend, run the same command")
-    print(f"done; next: python -m fpn_jax.report --workdir={workdir}")
+    if first:
+        print(f"done; next: python -m fpn_jax.report --workdir={workdir}")
 
 
 def check_rows(config: ml_collections.ConfigDict) -> dict[str, dict[str, Any]]:
@@ -98,29 +107,68 @@ def check_rows(config: ml_collections.ConfigDict) -> dict[str, dict[str, Any]]:
         raise UserError(f"--config has no {lacking[0]}: it is no ablation; see experiments/ablations/ for some")
     rows: dict[str, dict[str, Any]] = {}
     for number, row in enumerate(config.rows):
-        row = dict(row)
-        if "name" not in row or "changes" not in row:
+        if not isinstance(row, Mapping) or not isinstance(row.get("name"), str) or "changes" not in row:
             raise UserError(f"rows[{number}] lacks 'name' or 'changes'; write {{'name': ..., 'changes': {{...}}}}")
+        row = dict(row)
         name, unknown = row["name"], set(row) - _ROW_KEYS
         if unknown or name in rows or not name.replace("_", "").replace("-", "").isalnum():
             problem = f"has an unknown {min(unknown)!r}" if unknown else "is there twice or is no plain word"
             raise UserError(f"row {name!r} {problem}; keys are {', '.join(sorted(_ROW_KEYS))}")
-        row_config = changed(config.base, row["changes"], f"row {name}")
-        for key in references(row_config):
-            source = common.flat_values(row_config)[key].partition(":")[2]
+        for key in ("changes", "published"):
+            if not isinstance(row.get(key, {}), Mapping):
+                raise UserError(f"row {name}: {key} is {row[key]!r}; give a dict")
+        for key, source in _sources(changed(config.base, row["changes"], f"row {name}")):
             if source not in rows:
-                raise UserError(
-                    f"row {name}: {key} names row {source!r}, which must come before it; there are {list(rows)}"
-                )
-        try:
-            build_detector(row_config.model, 1)
-            common.pipeline_options(row_config)
-        except UserError as error:
-            raise UserError(f"row {name}: {error}") from None
+                there = ", ".join(rows) or "none does"
+                raise UserError(f"row {name}: {key} names row {source!r}, which must come before it: {there}")
+        _check_config(config, row)
         rows[name] = row
     if config.baseline not in rows:
         raise UserError(f"baseline is {config.baseline!r}; choose one of the rows {', '.join(rows)}")
     return rows
+
+
+def _check_config(config: ml_collections.ConfigDict, row: dict[str, Any]) -> None:
+    """Raise a `UserError` that names the row if its detector, its data options or its stages cannot be."""
+    try:
+        row_config = changed(config.base, row["changes"], f"row {row['name']}")
+        build_detector(row_config.model, 1)
+        common.pipeline_options(row_config)
+        for stage in stage_configs(row_config, "").values():
+            build_detector(stage.model, 1)
+    except UserError as error:
+        message = str(error)
+        raise UserError(message if message.startswith("row ") else f"row {row['name']}: {message}") from None
+
+
+def _sources(config: ml_collections.ConfigDict) -> list[tuple[str, str]]:
+    """[(key, row)] of a row's config that reads the runs of others."""
+    values = common.flat_values(config)
+    pairs = [(key, str(values[key]).partition(":")) for key in references(config)]
+    return [(key, name) for key, (kind, _, name) in pairs if kind == "row"]
+
+
+def needed_rows(config: ml_collections.ConfigDict, row: dict[str, Any]) -> list[str]:
+    """The rows whose runs this one reads."""
+    return [name for _, name in _sources(changed(config.base, row["changes"], f"row {row['name']}"))]
+
+
+def _configs(
+    config: ml_collections.ConfigDict, rows: dict[str, dict[str, Any]], chosen: Sequence[str], workdir: str, seed: int
+) -> dict[str, tuple[ml_collections.ConfigDict, str]]:
+    """{row: (config, workdir of its run)} with references to other runs put in."""
+    runs = {f"row:{name}": f"{workdir}/{name}/seed{seed}" for name in rows}
+    return {
+        name: (changed(config.base, {**rows[name]["changes"], "seed": seed}, f"row {name}", runs), runs[f"row:{name}"])
+        for name in chosen
+    }
+
+
+def _write_plan(plan: dict[str, Any], path: Path) -> None:
+    """With the seeds of former calls, of which this one may be a part."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        plan = plan | {"seeds": sorted({*plan["seeds"], *json.loads(path.read_text())["seeds"]})}
+    write_atomically(path, lambda file: json.dump(plan, file, indent=2))
 
 
 def make_plan(
@@ -142,7 +190,7 @@ def make_plan(
                 "parameters": spent.parameters,
                 "flops": spent.flops,
                 "anchors": spent.anchors,
-                "num_steps": row_config.num_steps,
+                "num_steps": sum(c.num_steps for c in stage_configs(row_config, "").values()) or row_config.num_steps,
                 "published": dict(row.get("published", {})),
                 "in_table": row.get("in_table", True),
             }
@@ -196,35 +244,41 @@ def plan_table(plan: dict[str, Any], chosen: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def _with_needed(rows: dict[str, dict[str, Any]], wanted: Sequence[str]) -> list[str]:
+def _with_needed(needs: dict[str, list[str]], wanted: Sequence[str]) -> list[str]:
     """The wanted rows, in the order of the table, and those whose runs they read."""
     for name in wanted:
-        if name not in rows:
-            raise UserError(f"there is no row {name!r}; choose some of {', '.join(rows)}")
+        if name not in needs:
+            raise UserError(f"there is no row {name!r}; choose some of {', '.join(needs)}")
     needed = set(wanted)
-    for name in reversed(rows):  # what a row reads comes before it
+    for name in reversed(needs):  # what a row reads comes before it
         if name in needed:
-            values = [value for value in rows[name]["changes"].values() if isinstance(value, str)]
-            needed |= {value.partition(":")[2] for value in values if value.startswith("row:")}
-    return [name for name in rows if name in needed]
+            needed |= set(needs[name])
+    return [name for name in needs if name in needed]
 
 
-def _run(config: ml_collections.ConfigDict, workdir: str, what: str) -> None:
-    """Train, unless that is done. Raises `UserError` if it was done with another config."""
-    metrics = Path(workdir) / "metrics.json"
-    if metrics.exists():
-        before = ml_collections.ConfigDict(json.loads((Path(workdir) / "config.json").read_text()))
-        now = ml_collections.ConfigDict(json.loads(json.dumps(config.to_dict())))
-        now.stages = before.stages = ()
-        differing = [key for key, *_ in difference(before, now)]
-        if differing:
-            raise UserError(f"{workdir} was run with another {differing[0]}; take another --workdir, or set it back")
-        print(f"{what}: finished before", flush=True)
-        return
+def _run(config: ml_collections.ConfigDict, workdir: str, name: str, seed: int) -> str | None:
+    """Train, unless that is done; what went wrong, if it is the user's or the memory's fault.
+
+    One of several processes may fail alone, and the others would wait for it for ever: then the error ends them all.
+    """
+    what = f"{name}, seed {seed}"
+    first = sharding.process()[0] == 0
+    if (Path(workdir) / "metrics.json").exists():
+        if first:
+            print(f"{what}: finished before", flush=True)
+        return None
     start = time.monotonic()
-    print(f"{what}: {workdir}", flush=True)
-    train(config.lock(), workdir)
-    print(f"{what}: finished in {time.monotonic() - start:.0f} s", flush=True)
+    if first:
+        print(f"{what}: {workdir}", flush=True)
+    try:
+        train(config.lock(), workdir)
+    except (UserError, jax.errors.JaxRuntimeError) as error:  # the latter: it does not fit into memory
+        if sharding.process()[1] > 1:
+            raise
+        return " ".join(str(error).split())[:500]
+    if first:
+        print(f"{what}: finished in {time.monotonic() - start:.0f} s", flush=True)
+    return None
 
 
 def _num_classes(config: ml_collections.ConfigDict) -> int:

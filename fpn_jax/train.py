@@ -7,7 +7,6 @@ import collections
 import contextlib
 import json
 import math
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from fpn_jax import cli, common, visualize
 from fpn_jax.data.datasets import Split
 from fpn_jax.data.pipeline import PipelineOptions, train_batches
 from fpn_jax.errors import Stopped, UserError
+from fpn_jax.evaluation import write_atomically
 from fpn_jax.models import build_detector
 from fpn_jax.models.detector import Detector
 from fpn_jax.propose import open_proposals
@@ -41,6 +41,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     """Run the experiment in workdir, or what is left of it, and return the metrics of the last evaluation."""
     sharding.start_processes()
     common.set_up_jax()
+    if "rows" in config:
+        raise UserError("--config is an ablation of several rows; run it with python -m fpn_jax.sweep")
     build_detector(config.model, 1)  # what cannot be built is told before anything is read
     if config.stages:
         return train_stages(config, workdir, train)
@@ -159,7 +161,8 @@ class _Run:
         self.evaluator.draw(self.workdir, found, self.config.pictures)
         folder = Path(self.workdir)
         visualize.curves(folder / "metrics.jsonl", folder / "curves.png")
-        shutil.copyfile(folder / "eval" / self.evaluator.split.split / "metrics.json", folder / "metrics.json")
+        text = (folder / "eval" / self.evaluator.split.split / "metrics.json").read_text()
+        write_atomically(folder / "metrics.json", lambda file: file.write(text))  # that it is there says: finished
 
 
 def _regions(config: ml_collections.ConfigDict, train_split: Split, eval_split: Split) -> dict[str, Any]:

@@ -1,13 +1,17 @@
 """Configs that differ from a base in a few keys: rows of an ablation, stages of a training; and their differences."""
 
 import difflib
-from collections.abc import Mapping
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import ml_collections
 
 from fpn_jax.common import flat_values
 from fpn_jax.errors import UserError
+
+_RUN_KEYS = ("init_from", "data.proposals_train", "data.proposals_eval")  # whose values may be other runs
 
 
 def changed(
@@ -54,11 +58,36 @@ def _resolved(config: ml_collections.ConfigDict, where: str, runs: Mapping[str, 
     return config
 
 
+# What may differ between two starts of a run without changing what comes out.
+_HARMLESS = ("data.data_dir", "data.num_threads", "data.num_workers", "pictures", "checkpoint_every", "stages")
+
+
+def check_unchanged(config: ml_collections.ConfigDict, workdir: str, but: Collection[str] = ()) -> None:
+    """Raise a `UserError` that names the first key in which what was begun in workdir differs; `but`: not these.
+
+    Paths to other runs count as the same if they lead to the same folder. Keys that one side lacks came later.
+    """
+    path = Path(workdir) / "config.json"
+    if not path.exists():
+        return
+    try:
+        before = flat_values(ml_collections.ConfigDict(json.loads(path.read_text())))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); remove {workdir} to run it anew") from None
+    now = flat_values(ml_collections.ConfigDict(json.loads(json.dumps(config.to_dict()))))
+    for key in before.keys() & now.keys() - {*_HARMLESS, *but}:
+        one, other = before[key], now[key]
+        same = one == other or (key in _RUN_KEYS and one and other and Path(one).resolve() == Path(other).resolve())
+        if not same:
+            raise UserError(
+                f"{workdir} was run with another {key}: {one!r}, now {other!r}; set it back, or take another --workdir"
+            )
+
+
 def references(config: ml_collections.ConfigDict) -> list[str]:
     """The keys whose value is another run, such as "row:rpn"."""
-    keys = ("init_from", "data.proposals_train", "data.proposals_eval")
     values = flat_values(config)
-    return [key for key in keys if str(values.get(key, "")).startswith(("row:", "stage:"))]
+    return [key for key in _RUN_KEYS if str(values.get(key, "")).startswith(("row:", "stage:"))]
 
 
 def difference(first: ml_collections.ConfigDict, second: ml_collections.ConfigDict) -> list[tuple[str, Any, Any]]:

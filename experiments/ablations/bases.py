@@ -58,16 +58,17 @@ def all_sizes(config: ml_collections.ConfigDict) -> tuple[float, ...]:
 def single_map(config: ml_collections.ConfigDict, level: int) -> dict[str, Any]:
     """The changes to predict from one map of the backbone, C4 or C5, with the anchors of all levels (figure 1b).
 
-    The RPN's convolution has twice the pyramid's channels, as the published C4 detectors have 512. All proposals come
-    from one level, so that it keeps as many before NMS as the pyramid's levels together.
+    The RPN's convolution has twice the pyramid's channels, as the published C4 detectors have 512. NMS goes through all
+    anchors until it has kept enough: the best few thousand of one map of all sizes are so alike that it would keep
+    hundreds of them only.
     """
     changes = {
         "model.neck": {"name": "none", "levels": (level,)},
         "model.rpn_head.channels": 2 * config.model.neck.channels,
         "model.rpn.levels": (level,),
         "model.rpn.sizes": (all_sizes(config),),
-        "model.rpn.pre_nms_train": 5 * config.model.rpn.pre_nms_train,
-        "model.rpn.pre_nms_test": 5 * config.model.rpn.pre_nms_test,
+        "model.rpn.pre_nms_train": 0,
+        "model.rpn.pre_nms_test": 0,
         "model.box.levels": (level,),
     }
     if level == 4:
@@ -83,8 +84,8 @@ def finest_only(config: ml_collections.ConfigDict) -> dict[str, Any]:
         "model.neck.extra_level": False,
         "model.rpn.levels": (2,),
         "model.rpn.sizes": (all_sizes(config),),
-        "model.rpn.pre_nms_train": 5 * config.model.rpn.pre_nms_train,
-        "model.rpn.pre_nms_test": 5 * config.model.rpn.pre_nms_test,
+        "model.rpn.pre_nms_train": 0,
+        "model.rpn.pre_nms_test": 0,
         "model.box.levels": (2,),
     }
 

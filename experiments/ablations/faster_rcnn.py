@@ -4,7 +4,8 @@
     python -m fpn_jax.sweep --config=experiments/ablations/faster_rcnn.py:scenes --workdir=runs/faster   # on two cores
     python -m fpn_jax.report --workdir=runs/faster
 
-The paper has rows (a) to (c); (d), without the top-down pathway, is added here.
+The paper has rows (a) to (c); (d), without the top-down pathway, is added here. Ours share their features between RPN
+and detector, since they are trained jointly; the paper's figures of this table are without sharing.
 """
 
 from typing import Any

@@ -16,10 +16,11 @@ def get_config(size: str = "coco") -> Any:
     """The base and what one switch does to it."""
     config = base("rpn", size)
     channels, rpn = config.model.neck.channels, config.model.rpn
+    # Four levels for the five sizes: each has its own and the next, so that the smallest is not lost with its level.
     without_p2 = {
         "model.neck.levels": (3, 4, 5),
         "model.rpn.levels": rpn.levels[1:],
-        "model.rpn.sizes": rpn.sizes[1:],
+        "model.rpn.sizes": tuple((*rpn.sizes[i], *rpn.sizes[i + 1]) for i in range(len(rpn.sizes) - 1)),
     }
     switches = {
         "bilinear": {"model.neck.upsampling": "bilinear"},
@@ -28,8 +29,8 @@ def get_config(size: str = "coco") -> Any:
         "no_smoothing": {"model.neck.smooth": False},
         "relu": {"model.neck.activation": "relu"},
         "group_norm": {"model.neck.norm": "gn"},
-        "narrow": {"model.neck.channels": channels // 2},
-        "wide": {"model.neck.channels": channels * 2},
+        "narrow": {"model.neck.channels": channels // 2, "model.rpn_head.channels": channels},
+        "wide": {"model.neck.channels": channels * 2, "model.rpn_head.channels": channels},
         "without_p2": without_p2,
         "separate_heads": {"model.rpn_head.shared": False},
     }

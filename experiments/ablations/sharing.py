@@ -4,7 +4,8 @@
     python -m fpn_jax.report --workdir=runs/sharing
 
 `alternating` is the paper's four-step training (Ren et al., arXiv 1506.01497, section 3.2), `separate` its first two
-steps, a Fast R-CNN on the proposals of an RPN that shares nothing with it, `joint` trains both at once.
+steps, a Fast R-CNN on the proposals of an RPN that shares nothing with it, `joint` trains both at once. The steps are
+not the same for all: four runs make `alternating`, two `separate`, as in the paper, and `joint` is one.
 """
 
 from typing import Any

@@ -107,7 +107,8 @@ class Checkpoints:
         has_average = bool(self._saved(manager, step, "weights").get("ema_params"))
         target = _shapes(
             {
-                "step": jax.ShapeDtypeStruct((), "int32"),
+                # Where the weights go: else it would be sought on the devices of the processes that wrote it.
+                "step": jax.ShapeDtypeStruct((), "int32", sharding=jax.tree.leaves(variables)[0].sharding),
                 **variables,
                 "ema_params": variables["params"] if has_average else {},
             }
@@ -238,7 +239,7 @@ def read_config(workdir: str) -> ml_collections.ConfigDict:
 
 
 def _manager(workdir: str, name: str, keep: int, writes: bool) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=writes)
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=writes, create=writes)
     # Without its handlers a manager that has not saved yet cannot tell the shapes of what another has saved.
     arrays = {item: ocp.StandardCheckpointHandler() for item in ("weights", "optimizer")}
     values = {item: ocp.JsonCheckpointHandler() for item in ("data", "metrics")}

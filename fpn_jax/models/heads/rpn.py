@@ -14,7 +14,7 @@ from fpn_jax.ops import anchors as anchor_ops
 from fpn_jax.ops import boxes as box_ops
 from fpn_jax.ops.losses import sigmoid_bce, smooth_l1
 from fpn_jax.ops.matching import BELOW, match
-from fpn_jax.ops.nms import nms
+from fpn_jax.ops.nms import nms, nms_top
 from fpn_jax.ops.sampling import sample
 from fpn_jax.types import PerDevice, together
 
@@ -44,7 +44,7 @@ class RPNSettings:
     beta: float = 1 / 9  # of smooth L1; detectron2: 0
     normalizer: str = "sampled"  # both losses are divided by the anchors drawn; detectron2: "nominal", b * samples
     delta_weights: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)
-    pre_nms_train: int = 2000  # per level
+    pre_nms_train: int = 2000  # per level; 0: all, which NMS then goes through until enough are kept
     pre_nms_test: int = 1000
     post_nms_train: int = 2000  # per image, all levels together
     post_nms_test: int = 1000
@@ -188,18 +188,23 @@ def propose(
     """Decode, clip, suppress per level and keep the best of all levels.
 
     logits {l: [b r]}, deltas {l: [b r 4]}, anchors {l: [r 4]}, size [b 2]. No gradient flows through proposals.
-    The number of rows is min(post_nms, sum over levels of min(pre_nms, r)), whatever the image.
+    The number of rows is min(post_nms, sum over levels of min(pre_nms, r)), whatever the image; a pre_nms of 0 sets no
+    limit.
     """
     before = settings.pre_nms_train if train else settings.pre_nms_test
     after = settings.post_nms_train if train else settings.post_nms_test
 
     def level_candidates(logits, deltas, anchors, size):
-        logits, best = jax.lax.top_k(logits, min(before, logits.shape[0]))
-        boxes = box_ops.decode(deltas[best], jnp.asarray(anchors)[best], settings.delta_weights)
-        boxes = box_ops.clip(boxes, size)
+        anchors = jnp.asarray(anchors)
+        if before:
+            logits, best = jax.lax.top_k(logits, min(before, logits.shape[0]))
+            deltas, anchors = deltas[best], anchors[best]
+        boxes = box_ops.clip(box_ops.decode(deltas, anchors, settings.delta_weights), size)
         good = box_ops.is_larger(boxes, settings.min_size) & (jax.nn.sigmoid(logits) >= settings.score_threshold)
-        keep = nms(boxes, logits, good, settings.nms_iou)
-        return boxes, jnp.where(keep, logits, -jnp.inf)
+        if before:
+            return boxes, jnp.where(nms(boxes, logits, good, settings.nms_iou), logits, -jnp.inf)
+        index, keep = nms_top(boxes, logits, good, settings.nms_iou, min(after, logits.shape[0]))
+        return boxes[index], jnp.where(keep, logits[index], -jnp.inf)
 
     def image_proposals(logits, deltas, size):
         boxes, kept = zip(*(level_candidates(logits[x], deltas[x], anchors[x], size) for x in logits), strict=True)
