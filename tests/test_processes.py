@@ -65,3 +65,35 @@ def test_all_processes_stop_when_one_is_told_to(tmp_path, tiny_experiment):
     assert [process.returncode for process in running] == [75, 75], errors
     (saved,) = [path.name for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
     assert all(f"stopped after step {saved} as told" in error for error in errors)
+
+
+@pytest.mark.slow
+def test_four_stages_on_two_processes_are_read_by_one(tmp_path, tiny_config, scenes_dir):
+    from experiments.faster_rcnn_r50_fpn_4step import stages
+
+    tiny_config.update(num_steps=4, batch_size=2, eval_batch_size=2, checkpoint_every=4, eval_every=0, pictures=1)
+    tiny_config.data.data_dir = str(scenes_dir)
+    values = json.dumps(tiny_config.to_dict() | {"stages": []})
+    path, workdir = tmp_path / "stages.py", tmp_path / "run"
+    path.write_text(
+        "import json, ml_collections\nfrom experiments.faster_rcnn_r50_fpn_4step import stages\n"
+        f"def get_config():\n    config = ml_collections.ConfigDict(json.loads({values!r}))\n"
+        "    config.stages = stages(4, 4, (32, 16))\n    return config\n"
+    )
+    assert len(stages(4, 4, (32, 16))) == 4
+    for process in start(path, workdir, 2):
+        _, errors = process.communicate(timeout=600)
+        assert process.returncode == 0, errors
+    before = json.loads((workdir / "metrics.json").read_text())
+    command = [sys.executable, "-m", "fpn_jax.evaluate", f"--workdir={workdir}", "--pictures=0"]
+    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    alone = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert alone.returncode == 0, alone.stderr
+    after = json.loads((workdir / "eval" / "val" / "metrics.json").read_text())
+    assert after["num_images"] == before["num_images"] == 5
+    # Killed between the join and the scores, the same command ends the run.
+    (workdir / "metrics.json").unlink()
+    again = start(path, workdir, 1)[0]
+    _, errors = again.communicate(timeout=600)
+    assert again.returncode == 0, errors
+    assert (workdir / "metrics.json").exists()

@@ -76,6 +76,7 @@ class Row:
     parameters: int | None
     flops: float | None
     anchors: int | None
+    num_steps: int | None  # of all its stages together
     published: dict[str, float]
     in_table: bool
     runs: tuple[Run, ...]
@@ -84,6 +85,13 @@ class Row:
     def finished(self) -> tuple[Run, ...]:
         """The runs that have scores."""
         return tuple(run for run in self.runs if run.metrics is not None)
+
+    @property
+    def proposals(self) -> float | None:
+        """Proposals an image that an RPN's recall was taken of, mean of the finished runs; NMS may leave few."""
+        found = [run.metrics for run in self.finished if run.metrics]
+        counts = [m["num_proposals"] / m["num_images"] for m in found if m.get("num_proposals") and m.get("num_images")]
+        return sum(counts) / len(counts) if counts else None
 
     def scores(self, metric: str) -> Values:
         """Percent by seed, of the finished runs where the metric has a meaning."""
@@ -156,6 +164,7 @@ def _sweep(folder: Path, plan: dict[str, Any], baseline: str | None) -> Sweep:
             parameters=row.get("parameters"),
             flops=row.get("flops"),
             anchors=row.get("anchors"),
+            num_steps=row.get("num_steps"),
             published={k: float(v) for k, v in (row.get("published") or {}).items() if v is not None},
             in_table=row.get("in_table", True),
             runs=tuple(_run(folder / row["name"] / f"seed{seed}", seed, plan["split"]) for seed in seeds),

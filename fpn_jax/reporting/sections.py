@@ -99,6 +99,7 @@ def _scores(sweep: Sweep) -> list[Block]:
     rows, metrics = sweep.table_rows, sweep.metrics.all
     summaries = {metric: {row.name: summarize(row.scores(metric).values()) for row in rows} for metric in metrics}
     best = {metric: _best(of_rows) for metric, of_rows in summaries.items()}
+    unlike = len({row.num_steps for row in rows}) > 1  # else the description tells
     cells = []
     for row in rows:
         finished, of = len(row.finished), len(row.runs)
@@ -110,14 +111,17 @@ def _scores(sweep: Sweep) -> list[Block]:
                 Cell(NOTHING if row.parameters is None else decimal(row.parameters / 1e6, 2)),
                 Cell(NOTHING if row.flops is None else decimal(row.flops / 1e9, 2)),
                 Cell(NOTHING if row.anchors is None else f"{row.anchors:,}"),
+                Cell(NOTHING if row.proposals is None else f"{row.proposals:,.0f}"),
+                Cell(NOTHING if row.num_steps is None or not unlike else f"{row.num_steps:,}"),
             )
         )
-    head = ("row", "seeds", *map(label, metrics), "parameters, M", "GFLOPs", "anchors")
+    head = ("row", "seeds", *map(label, metrics), "parameters, M", "GFLOPs", "anchors", "proposals", "steps")
     table = Table(head, tuple(cells), 1, _baseline_index(sweep))
     columns = [i for i in range(len(head)) if i < 2 or any(row[i].text != NOTHING for row in cells)]
     text = (
         "In percent: mean ± sample standard deviation over the seeds. Marked: the highest mean of a column, however "
         "small its lead is beside the spread. GFLOPs: forward, one image."
+        + (" Proposals: of an image, mean." if any(row.proposals for row in rows) else "")
     )
     return [table.select(columns), Text(text)]
 
