@@ -62,6 +62,7 @@ def get_config() -> ml_collections.ConfigDict:
             "name": "resnet",
             "depth": 50,
             "blocks": (),  # per stage; (): those of the depth
+            "last_level": 5,  # 4: no further than C4
             "width": 64,
             "groups": 1,
             "width_per_group": 64,

@@ -4,6 +4,9 @@
 {"name": ..., "changes": {dotted key of the base: value}}, with optionally "note", "published" (the paper's figures in
 percent) and "in_table": False for a row that only makes the proposals of others. A value "row:NAME" is the workdir of
 that row's run with the same seed.
+
+Overrides such as --config.base.num_steps=100 change what all rows start from. They come after the rows are made: what a
+row sets itself (the anchor sizes and head widths of other pyramids, say) they do not reach, see --diff.
 """
 
 from typing import Any
@@ -63,6 +66,7 @@ def single_map(config: ml_collections.ConfigDict, level: int) -> dict[str, Any]:
     hundreds of them only.
     """
     changes = {
+        "model.backbone.last_level": level,
         "model.neck": {"name": "none", "levels": (level,)},
         "model.rpn_head.channels": 2 * config.model.neck.channels,
         "model.rpn.levels": (level,),
@@ -71,9 +75,6 @@ def single_map(config: ml_collections.ConfigDict, level: int) -> dict[str, Any]:
         "model.rpn.pre_nms_test": 0,
         "model.box.levels": (level,),
     }
-    if level == 4:
-        blocks = config.model.backbone.blocks or (3, 4, 6, 3)
-        changes["model.backbone.blocks"] = tuple(blocks[:3])
     return changes
 
 

@@ -24,6 +24,8 @@ def get_config(size: str = "coco") -> Any:
     train_rpn = {
         "model.detector": "rpn",
         "num_steps": rpn.num_steps,
+        "model.rpn.pre_nms_test": rpn.model.rpn.pre_nms_test,
+        "model.rpn.post_nms_test": rpn.model.rpn.post_nms_test,
         "data.proposals_train": "",
         "data.proposals_eval": "",
     }

@@ -19,7 +19,7 @@ def get_config(size: str = "coco") -> Any:
     # Four levels for the five sizes of the pyramid: each has its own and the next, so that none is lost.
     two_each = tuple((*sizes[i], *sizes[i + 1]) for i in range(len(sizes) - 1))
     image_pyramid = {
-        "model.backbone.blocks": tuple((config.model.backbone.blocks or (3, 4, 6, 3))[:3]),
+        "model.backbone.last_level": 4,
         "model.image_pyramid.level": 4,
         "model.image_pyramid.scales": (2.0, 1.0, 0.5, 0.25),
         "model.neck": {"name": "none"},

@@ -72,7 +72,8 @@ class ResNet(nn.Module):
 
     Attributes:
         depth: 18, 34 (basic blocks), 50, 101 or 152 (bottlenecks).
-        blocks: blocks per stage, to build other sizes, or (fewer) to stop at C4; None takes the depth's.
+        blocks: blocks per stage, to build other sizes; None takes the depth's.
+        last_level: 5; 4 stops at C4, for detectors that read no more.
         width: channels of the stem and of the first stage; each stage doubles them.
         groups, width_per_group: of a bottleneck's 3x3: 1 and 64 are ResNet, 32 and 8 are ResNeXt "32x8d", which has
             32 groups of 8 channels each in its first stage (at width 64).
@@ -84,6 +85,7 @@ class ResNet(nn.Module):
 
     depth: int = 50
     blocks: tuple[int, ...] | None = None
+    last_level: int = 5
     width: int = 64
     groups: int = 1
     width_per_group: int = 64
@@ -105,7 +107,7 @@ class ResNet(nn.Module):
         x = conv_norm(x, ("stem_conv", "stem_norm"), self.width, 7, live(1), stride=2, **how)
         x = freeze(max_pool(nn.relu(x), 3, 2), 1)
         features = {}
-        for level, blocks in zip(self.output_levels(), self.blocks or BLOCKS[self.depth], strict=True):
+        for level, blocks in zip(self.output_levels(), self.blocks or BLOCKS[self.depth], strict=False):
             x = stage(self, x, level, blocks, 2 if level > 2 else 1, live(level))
             x = features[level] = freeze(x, level)
         return features
@@ -116,7 +118,9 @@ class ResNet(nn.Module):
             raise UserError(f"model.backbone.depth is {self.depth}; choose one of {', '.join(map(str, BLOCKS))}")
         if self.groups > 1 and self.depth < 50:
             raise UserError("model.backbone.groups needs bottlenecks; set model.backbone.depth to 50, 101 or 152")
-        levels = tuple(range(2, 2 + len(self.blocks or BLOCKS[self.depth])))
+        if not 2 <= self.last_level <= 5:
+            raise UserError(f"model.backbone.last_level is {self.last_level}; choose 2 to 5")
+        levels = tuple(range(2, 2 + len((self.blocks or BLOCKS[self.depth])[: self.last_level - 1])))
         if not 0 <= self.frozen_stages <= levels[-1]:
             raise UserError(f"model.backbone.frozen_stages is {self.frozen_stages}; choose 0 to {levels[-1]}")
         return levels
