@@ -44,7 +44,7 @@ def set_up(tiny_config, make_batch):
     return make
 
 
-@pytest.mark.parametrize("norm", ["gn", "bn"])
+@pytest.mark.parametrize("norm", ["gn", pytest.param("bn", marks=pytest.mark.slow)])
 def test_a_step_moves_the_gradients_and_little_else(set_up, norm):
     _, _, state, batch, step = set_up(norm)
     found = collectives(step.lower(state, batch).compile())
@@ -64,6 +64,7 @@ def test_detection_and_counting_move_nothing(set_up):
     assert collectives(make_level_counts(detector, mesh).lower(variables, batch).compile()) == []
 
 
+@pytest.mark.slow
 def test_without_a_mesh_the_work_on_images_is_gathered(set_up):
     """Why `per_device` is there; if this fails, XLA has learnt to do without."""
     detector, _, state, batch, _ = set_up("gn")
