@@ -58,7 +58,8 @@ def check(pyramid: Mapping[int, jax.Array], rois: np.ndarray) -> int:
     _, points = points_per_bin(rois)
     of_two = rois[:, (points == 2).all(1)]
     both = [jax.jit(partial(multilevel_roi_align, sampling_ratio=n, aligned=True, eps=0.0)) for n in (2, 0)]
-    np.testing.assert_allclose(*(np.asarray(function(pyramid, of_two)) for function in both), atol=1e-5)
+    # Places are rounded to some 1e-5 of a cell, and neighbours differ by a few units.
+    np.testing.assert_allclose(*(np.asarray(function(pyramid, of_two)) for function in both), atol=1e-4)
     assert of_two.shape[1] > 0
     return of_two.shape[1]
 
