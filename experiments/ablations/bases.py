@@ -91,6 +91,22 @@ def finest_only(config: ml_collections.ConfigDict) -> dict[str, Any]:
     }
 
 
+def c4_conv5(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The changes to detect from C4 with the backbone's last stage as box head, on 14 x 14 bins: row (a)."""
+    blocks = config.model.backbone.blocks[3] if config.model.backbone.blocks else 3
+    head = {"name": "conv5", "blocks": blocks, "stride": 2}
+    return single_map(config, 4) | {"model.box_head": head, "model.box.pooled_size": 14}
+
+
+PROPOSAL_METRICS = ("AR100", "AR1000", "AR1000_small", "AR1000_medium", "AR1000_large")
+BOX_METRICS = ("AP50", "AP", "AP_small", "AP_medium", "AP_large")
+
+
+def row(name: str, note: str, changes: dict[str, Any], metrics: tuple[str, ...], *published: float) -> dict[str, Any]:
+    """A row with the paper's figures for it, in percent."""
+    return {"name": name, "note": note, "changes": changes, "published": dict(zip(metrics, published, strict=True))}
+
+
 def ablation(title: str, config: ml_collections.ConfigDict, baseline: str, *rows: dict[str, Any]) -> Any:
     """What `python -m fpn_jax.sweep` runs."""
     return ml_collections.ConfigDict({"title": title, "baseline": baseline, "base": config, "rows": tuple(rows)})

@@ -10,21 +10,18 @@ and detector, since they are trained jointly; the paper's figures of this table 
 
 from typing import Any
 
-from experiments.ablations.bases import ablation, base, single_map
-from experiments.ablations.fast_rcnn import len_of_conv5, row
+from experiments.ablations.bases import BOX_METRICS, ablation, base, c4_conv5, row, single_map
 
 
 def get_config(size: str = "coco") -> Any:
     """Rows (a) to (c), and the bottom-up pyramid."""
     config = base("faster_rcnn", size)
-    conv5 = {"name": "conv5", "blocks": len_of_conv5(config), "stride": 2}
-    c4 = single_map(config, 4) | {"model.box_head": conv5, "model.box.pooled_size": 14}
     return ablation(
         "Table 3: Faster R-CNN",
         config,
         "fpn",
-        row("c4", "(a) C4, conv5 as head", c4, 53.1, 31.6, 13.2, 35.6, 47.1),
-        row("c5", "(b) C5, two fc layers", single_map(config, 5), 51.7, 28.0, 9.6, 31.9, 43.1),
-        row("fpn", "(c) FPN, two fc layers", {}, 56.9, 33.9, 17.8, 37.7, 45.8),
+        row("c4", "(a) C4, conv5 as head", c4_conv5(config), BOX_METRICS, 53.1, 31.6, 13.2, 35.6, 47.1),
+        row("c5", "(b) C5, two fc layers", single_map(config, 5), BOX_METRICS, 51.7, 28.0, 9.6, 31.9, 43.1),
+        row("fpn", "(c) FPN, two fc layers", {}, BOX_METRICS, 56.9, 33.9, 17.8, 37.7, 45.8),
         {"name": "bottom_up", "note": "no top-down pathway", "changes": {"model.neck.top_down": False}},
     )

@@ -156,3 +156,22 @@ def test_the_box_head_has_the_slots_of_its_convention(background, slots):
     logits, deltas = jax.eval_shape(lambda: head.init_with_output(jax.random.key(0), jnp.ones((2, 3, 7, 7, 4)))[0])
     assert logits.shape == (2, 3, 6)
     assert deltas.shape == (2, 3, slots, 4)
+
+
+def test_no_limit_before_nms_is_nms_over_all_anchors():
+    """One map of all sizes: what NMS leaves of all, where a limit would leave fewer than are asked for."""
+    rng = np.random.default_rng(0)
+    anchors = {2: rng.uniform(0, 60, (300, 2))}
+    anchors = {2: np.concatenate([anchors[2], anchors[2] + rng.uniform(4, 40, (300, 2))], 1).astype(np.float32)}
+    logits = {2: jnp.asarray(rng.normal(size=(2, 300)).astype(np.float32))}
+    deltas = {2: jnp.asarray(rng.normal(0, 0.1, (2, 300, 4)).astype(np.float32))}
+    size = jnp.array([[100, 100], [60, 100]])
+
+    def proposals(before):
+        settings = rpn.RPNSettings(levels=(2,), sizes=((8,),), pre_nms_test=before, post_nms_test=100)
+        return rpn.propose(settings, logits, deltas, anchors, size, False)
+
+    all_of_them, none, few = proposals(300), proposals(0), proposals(60)
+    assert all_of_them.valid.sum() > few.valid.sum()
+    for one, other in zip(all_of_them, none, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
