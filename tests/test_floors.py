@@ -22,6 +22,7 @@ ROOMS = {
     "data": ({"errors"}, DEVICE | {"ml_collections"}),
     "models": ({"errors", "types", "ops"}, {"optax", "orbax"} | READING),
     "training": ({"errors", "types", "ops", "models"}, READING),
+    "planning": ({"errors", "types", "ops", "models", "training"}, {"orbax"} | READING),
     "weights": ({"errors", "types", "ops", "models"}, {"optax", "orbax"} | READING),
     "evaluation": ({"errors", "types", "ops", "data"}, DEVICE | {"ml_collections"}),
     "recall": ({"errors", "types", "ops", "data", "evaluation"}, DEVICE | {"ml_collections"}),

@@ -12,6 +12,12 @@ from fpn_jax.errors import UserError
 Schedule = Callable[[Any], Any]
 
 
+def peak_rate(optim: Mapping[str, Any], batch_size: int) -> float:
+    """The learning rate after warm-up, of batches of so many images."""
+    scale = batch_size / optim["base_batch_size"] if optim["base_batch_size"] else 1.0
+    return optim["learning_rate"] * scale
+
+
 def make_schedule(optim: Mapping[str, Any], batch_size: int, num_steps: int) -> Schedule:
     """Optimizer step -> learning rate.
 
@@ -19,8 +25,7 @@ def make_schedule(optim: Mapping[str, Any], batch_size: int, num_steps: int) -> 
     switches it off), warmed up linearly over `warmup_steps` from `warmup_factor` of it, then by `schedule`: "step"
     multiplies by `step_factor` at every fraction of the run in `step_at`; "cosine" falls to zero; "constant".
     """
-    scale = batch_size / optim["base_batch_size"] if optim["base_batch_size"] else 1.0
-    rate = optim["learning_rate"] * scale
+    rate = peak_rate(optim, batch_size)
     warmup, factor = optim["warmup_steps"], optim["warmup_factor"]
     boundaries = [round(at * num_steps) for at in optim["step_at"]]
 

@@ -1,0 +1,136 @@
+"""What a training step needs on machines that one does not have (yet): memory, messages, cycles, the largest batch.
+
+python -m fpn_jax.plan --config=experiments/faster_rcnn_r50_fpn.py --topology=v5e:16x16 [--batch_size=512] [--largest]
+python -m fpn_jax.plan --config=experiments/demo.py --topology=local:8
+
+The very training step is compiled ahead of time, by the TPU compiler (pip install -e ".[tpu]"; no TPU is needed) or for
+local devices. A ResNet-50 takes it some minutes on two cores.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+
+from fpn_jax import cli, common
+from fpn_jax.errors import UserError
+from fpn_jax.planning import page
+from fpn_jax.planning.chips import Slice, parse_slice
+from fpn_jax.planning.scaling import usual_slices, weak_scaling
+from fpn_jax.planning.step import DoesNotFitError, StepPlan, largest_batch, plan_step, slice_devices
+from fpn_jax.training.optim import peak_rate
+
+_CONFIG = cli.config_flag()
+_TOPOLOGY = cli.flag("topology", str, "local", "v5e:16x16, v6e:8x8, v5p:4x4x4, ...; local; local:8 (CPU devices).")
+_BATCH_SIZE = cli.flag("batch_size", int, 0, "Images of a step on all devices; 0: the config's.")
+_BUCKET = cli.flag("bucket", str, "", "Height and width as 832x1344; empty: the config's largest.")
+_CLASSES = cli.flag("classes", int, 80, "Classes of the data set.")
+_OBJECTS = cli.flag("objects", int, 96, "Objects of an image, at most; padded COCO has 96.")
+_LARGEST = cli.flag("largest", bool, False, "Also seek the largest batch that fits, a compilation for every try.")
+_OUTPUT = cli.flag("output", str, "", "A JSON file for the plan.")
+
+
+def devices_of(topology: str) -> tuple[list[Any], Slice | None]:
+    """(devices, the slice they are; None for local ones). Raises `UserError` for a topology that there is not."""
+    name, _, count = topology.partition(":")
+    if name != "local":
+        slice_ = parse_slice(topology)
+        return slice_devices(slice_), slice_
+    if count and not (count.isdecimal() and int(count) > 0):
+        raise UserError(f"--topology={topology}: give a number of CPU devices, such as local:8")
+    if count:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", int(count))
+    return jax.devices(), None
+
+
+def plan(config: ml_collections.ConfigDict, topology: str, bucket: tuple[int, int], largest: bool) -> dict[str, Any]:
+    """Print the plan of the step of this bucket and return it, fit for JSON."""
+    devices, slice_ = devices_of(topology)
+    shape = _CLASSES.value, _OBJECTS.value, bucket, devices
+    try:
+        step = plan_step(config, *shape)
+    except DoesNotFitError as error:
+        if not largest:
+            raise UserError(f"{config.batch_size} images on {topology}: {_advice(config, error)}") from None
+        print(f"{config.batch_size} images: {error}")
+        step = None
+    if step:
+        print(page.describe(step, slice_, peak_rate(config.optim, config.batch_size)))
+    found = {"topology": topology, "bucket": bucket, "step": _as_json(step)}
+    if step and slice_ and slice_.chip.name != "v5p":
+        scalings = weak_scaling(step.cycles / slice_.chip.clock, step.gradient_bytes, usual_slices(slice_.chip))
+        print(f"\nThe same images a chip on slices of other sizes:\n\n{page.scaling_table(scalings)}")
+        found["weak_scaling"] = [s._asdict() | {"slice": str(s.slice)} for s in scalings]
+    if largest:
+        found["largest"] = _largest(config, step, *shape)
+    return found
+
+
+def _largest(config: ml_collections.ConfigDict, known: StepPlan | None, *shape: Any) -> int:
+    """The most images of a step that fit; 0 if one a device is too many."""
+    n = len(shape[-1])
+
+    def fits(images: int) -> bool:
+        tried = ml_collections.ConfigDict(config)
+        tried.batch_size = images * n * config.accumulate
+        if known and tried.batch_size <= known.images:
+            return True
+        try:
+            total = plan_step(tried, *shape).memory["total"]
+        except DoesNotFitError as error:
+            print(f"{images} images a device: {error}", flush=True)
+            return False
+        print(f"{images} images a device: fits, {total / 2**30:.2f} GiB", flush=True)
+        return True
+
+    images = largest_batch(fits) * n * config.accumulate
+    print(f"largest batch   {images}, learning rate {peak_rate(config.optim, images):g}" if images else "nothing fits")
+    return images
+
+
+def _advice(config: ml_collections.ConfigDict, error: DoesNotFitError) -> str:
+    """What to change, the cheapest first."""
+    changes = []
+    if config.model.dtype == "float32":
+        changes.append("--config.model.dtype=bfloat16")
+    changes.append(f"--config.accumulate={2 * config.accumulate} (the same batch in pieces)")
+    changes.append("a smaller --batch_size (--largest seeks it), or a smaller config.data.longest")
+    return f"{error}, {error.needed / error.limit - 1:.0%} too much; try {', '.join(changes)}"
+
+
+def _as_json(step: StepPlan | None) -> dict[str, Any] | None:
+    if step is None:
+        return None
+    return dataclasses.asdict(step) | {"messages": [m._asdict() for m in step.messages]}
+
+
+def bucket_of(config: ml_collections.ConfigDict, given: str) -> tuple[int, int]:
+    """`832x1344` -> (832, 1344); the config's largest bucket if nothing is given. Raises `UserError` for what is none."""
+    if not given:
+        return max(common.pipeline_options(config).buckets, key=lambda b: (b[0] * b[1], b[1]))
+    sides = given.split("x")
+    if len(sides) != 2 or not all(side.isdecimal() and int(side) % common.STRIDE == 0 for side in sides):
+        raise UserError(f"--bucket={given}: give height x width in multiples of {common.STRIDE}, such as 832x1344")
+    return int(sides[0]), int(sides[1])
+
+
+def main(argv: Sequence[str]) -> None:
+    """Entry point."""
+    del argv
+    cli.check_required(config=_CONFIG.value)
+    config = ml_collections.ConfigDict(_CONFIG.value)
+    if "rows" in config:
+        raise UserError("--config is an ablation of several rows; give the file of one experiment")
+    config.batch_size = _BATCH_SIZE.value or config.batch_size
+    found = plan(config, _TOPOLOGY.value, bucket_of(config, _BUCKET.value), _LARGEST.value)
+    if _OUTPUT.value:
+        Path(_OUTPUT.value).write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    cli.run(main)

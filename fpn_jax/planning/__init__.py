@@ -1,0 +1,1 @@
+"""What a training step will need, known from its compiled program alone: `python -m fpn_jax.plan`."""
