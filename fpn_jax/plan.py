@@ -110,7 +110,7 @@ def _as_json(step: StepPlan | None) -> dict[str, Any] | None:
 
 
 def bucket_of(config: ml_collections.ConfigDict, given: str) -> tuple[int, int]:
-    """`832x1344` -> (832, 1344); the config's largest bucket if nothing is given. Raises `UserError` for what is none."""
+    """`832x1344` -> (832, 1344), the config's largest bucket for nothing. Raises `UserError` for what is none."""
     if not given:
         return max(common.pipeline_options(config).buckets, key=lambda b: (b[0] * b[1], b[1]))
     sides = given.split("x")
