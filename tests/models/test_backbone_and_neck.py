@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from fpn_jax.models.backbones.resnet import ResNet
-from fpn_jax.models.layers import Conv, Pixels, max_pool, normalize_pixels, upsample_nearest
+from fpn_jax.models.layers import (
+    Conv,
+    Pixels,
+    max_pool,
+    normalize_pixels,
+    repeat_by_index,
+    repeat_by_products,
+    upsample_nearest,
+)
 from fpn_jax.models.necks.fpn import FPN
 
 
@@ -112,12 +120,18 @@ def test_max_pool_never_picks_the_padding():
     np.testing.assert_array_equal(max_pool(jnp.asarray(x), 3, 2)[0, ..., 0], [[-1, -2], [-5, -6]])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("upsample", [upsample_nearest, repeat_by_index, repeat_by_products])
 @pytest.mark.parametrize("size", [(6, 8), (5, 7), (3, 4), (4, 9)])
-def test_upsample_reads_the_nearest_source_row(size):
+def test_upsample_reads_the_nearest_source_row(size, upsample, dtype):
     x = np.random.default_rng(0).normal(size=(1, 3, 4, 2)).astype(np.float32)
     rows = [i * 3 // size[0] for i in range(size[0])]
     columns = [i * 4 // size[1] for i in range(size[1])]
-    np.testing.assert_array_equal(upsample_nearest(jnp.asarray(x), size), x[:, rows][:, :, columns])
+    x = jnp.asarray(x, dtype)
+    y, back = jax.vjp(lambda x: upsample(x, size), x)
+    np.testing.assert_array_equal(y, x[:, rows][:, :, columns])
+    counts = np.outer(np.bincount(rows), np.bincount(columns))
+    np.testing.assert_array_equal(back(jnp.ones_like(y))[0], np.broadcast_to(counts[..., None], x.shape))
 
 
 def test_pixels_are_normalised_and_padding_is_zero():
