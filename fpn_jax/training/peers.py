@@ -219,11 +219,13 @@ class _Watch:
         """Tell the others and exit; rank 0 goes last, because with it goes the store that all talk through."""
         self._mine = replace(self._mine, ended=ended, why=why)
         limit = time.monotonic() + self._dead_after / 2
-        # In a thread: it blocks if rank 0 is gone.
-        threading.Thread(target=self._exchange, daemon=True).start()
-        time.sleep(self._every / 2)
+        telling = threading.Thread(target=self._exchange, daemon=True)
+        telling.start()
+        telling.join(self._every)  # no longer: it blocks if rank 0 is gone
         while self._rank == 0 and time.monotonic() < limit and not self._all_left():
             time.sleep(self._every / 4)
+        if self._rank == 0:
+            time.sleep(self._every)  # who has told that it leaves has yet to do so
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
