@@ -85,12 +85,17 @@ def _train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
             changes = _changes(config, workdir)
             checkpoint.write_config(workdir, config)
             classes.write(workdir)
-        with MetricLog(workdir, config.num_steps, first, enabled=rank == 0) as log, StopRequest() as stop:
+        metrics = _finished(workdir) if first >= config.num_steps else None
+        # Saving comes before evaluating: an evaluation of this very step may have been cut short or never have begun.
+        again = metrics is None and _evaluates(config, first)
+        log = MetricLog(workdir, config.num_steps, first, enabled=rank == 0, evaluates_again=again)
+        with log, StopRequest() as stop:
             log.message(_describe(state, mesh, train_split, options, first))
             for line in [*origin, *(changes if rank == 0 else [])]:
                 log.message(line)
             run = _Run(config, workdir, evaluator, checkpoints, log)
-            metrics = _finished(workdir) if first >= config.num_steps else None
+            if again:
+                metrics = run.evaluate(state, first >= config.num_steps)
             batches, compilations = TimedBatches(batches), Compilations(train_step)
             for step, host in zip(range(first + 1, config.num_steps + 1), batches, strict=False):
                 run.image_ids.append((step, host["image_id"].tolist()))
@@ -106,10 +111,8 @@ def _train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
                 if stopping and not last:
                     checkpoints.wait()
                     raise Stopped(f"stopped after step {step} as told, which is saved; the same command continues")
-                if last or (config.eval_every and step % config.eval_every == 0):
+                if _evaluates(config, step):
                     metrics = run.evaluate(state, last)
-            if metrics is None:  # killed between its last step and the end of the last evaluation
-                metrics = run.evaluate(state, True)
     return metrics
 
 
@@ -241,6 +244,11 @@ def _check_same_data(saved: dict[str, Any], wanted: dict[str, Any], workdir: str
                 f"--workdir={workdir} was trained with {name} {saved.get(name)!r}, now it is {value!r}: the order of "
                 "the data would break; set it back, or train into another --workdir"
             )
+
+
+def _evaluates(config: ml_collections.ConfigDict, step: int) -> bool:
+    """Whether the state after this step is scored."""
+    return step >= config.num_steps or bool(step and config.eval_every and step % config.eval_every == 0)
 
 
 def _finished(workdir: str) -> dict[str, Any] | None:
