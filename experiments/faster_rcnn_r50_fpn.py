@@ -27,6 +27,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.init_part = ""  # which part of them: "backbone", ...; "": everything they have
     config.init_reset_classes = False  # True: other classes than theirs; the class layers start anew
     config.stages = ()  # runs before this one that make its weights, see faster_rcnn_r50_fpn_4step.py
+    config.join_within = 300.0  # seconds; several processes wait so long for each other at the start
+    config.dead_after = 60.0  # seconds; a process that is silent for so long is given up, and with it the job
+    config.stall_after = 1800.0  # seconds without a step or a batch that end a job, or warn if it is one process
     config.ema_decay = 0.0  # of averaged weights, which are then the ones evaluated; 0: none
 
     config.data = data = ml_collections.ConfigDict()

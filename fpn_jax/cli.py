@@ -1,7 +1,6 @@
 """How every command starts and how it fails: one line for a user's mistake, a traceback only for our own."""
 
 import difflib
-import errno
 import importlib.util
 import re
 import sys
@@ -12,41 +11,25 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from fpn_jax.errors import Stopped, UserError
-
-_STATUS_USER_ERROR = 2  # as argparse and most Unix tools do
-STATUS_STOPPED = 75  # EX_TEMPFAIL: a scheduler may run the same command again
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
-_PATH_ERRORS = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOENT)
+from fpn_jax.errors import ProcessLost, Stopped, UserError, explain
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
-    """Parse flags and call main(argv); a `UserError` becomes one line on stderr and exit status 2."""
+    """Parse flags and call main(argv); what `explain` knows becomes one line on stderr and its status."""
 
     def guarded(argv: Sequence[str]) -> None:
         logging.set_verbosity(logging.ERROR)  # orbax and tfds tell of every file
         try:
             main(argv)
-        except UserError as error:
-            _fail(error)
-        except OSError as error:  # a full disk or a read-only folder is the user's to mend, too
-            hint = "free some space or choose another folder"
-            if error.errno in _PATH_ERRORS and error.filename:
-                hint = "give another path"
-            elif error.errno not in _DISK_ERRORS:
+        except (UserError, ProcessLost, Stopped, OSError, KeyboardInterrupt) as error:
+            if explain(error) is None:
                 raise
-            _fail(f"{error.filename or 'writing'}: {error.strerror}; {hint}")
-        except Stopped as stopped:
-            print(stopped, file=sys.stderr, flush=True)
-            sys.exit(STATUS_STOPPED)
-        except KeyboardInterrupt:
-            print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
-            sys.exit(130)
+            _end(error)
 
     try:
         app.run(guarded, flags_parser=_parse_flags)
     except UserError as error:
-        _fail(error)
+        _end(error)
 
 
 def config_flag() -> flags.FlagHolder:
@@ -79,10 +62,11 @@ def check_required(**values: object) -> None:
             raise UserError(f"--{name}= is missing; --help lists the flags")
 
 
-def _fail(error: object) -> None:
+def _end(error: BaseException) -> None:
+    line, status = explain(error)
     sys.stdout.flush()
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-    sys.exit(_STATUS_USER_ERROR)
+    print(line, file=sys.stderr, flush=True)
+    sys.exit(status)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

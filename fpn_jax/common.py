@@ -1,8 +1,11 @@
 """What train, evaluate and predict set up alike from a config."""
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping
+import sys
+import zlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from fpn_jax.data.transforms import resized_size
 from fpn_jax.errors import UserError
 from fpn_jax.models import build_detector
 from fpn_jax.models.detector import Detector
-from fpn_jax.training import checkpoint
+from fpn_jax.training import checkpoint, peers, roll_call, sharding
 from fpn_jax.training.state import init_variables
 from fpn_jax.weights import files, loader, names, published, semantics
 
@@ -49,6 +52,22 @@ def set_up_jax() -> None:
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(Path("~/.cache/fpn_jax/jax").expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+@contextlib.contextmanager
+def together(config: ml_collections.ConfigDict, workdir: str) -> Iterator[None]:
+    """Around all that several processes do together: they join, make sure that they do the same, and watch each other.
+
+    See `sharding.start_processes`, `peers.watched` and `roll_call.agree` for what comes out if they do not.
+    """
+    limits = {"join_within": 300.0, "dead_after": 60.0, "stall_after": 1800.0}  # workdirs of before have none
+    join_within, dead_after, stall_after = (config.get(name, default) for name, default in limits.items())
+    sharding.start_processes(join_within, dead_after)
+    with peers.watched(dead_after, stall_after):
+        facts = {"command": Path(sys.argv[0]).name, "--workdir": workdir} | roll_call.versions()
+        facts |= {f"config.{key}": value for key, value in flat_values(config).items()}
+        roll_call.agree("config and versions", facts, join_within)
+        yield
 
 
 def pipeline_options(config: ml_collections.ConfigDict) -> PipelineOptions:
@@ -94,6 +113,15 @@ def open_data(config: ml_collections.ConfigDict, split: str) -> Split:
     classes = class_list(name) if name else None  # an unknown name is told before the data is opened
     opened = open_split(config.data.data_dir, config.data.dataset, split)
     return opened.with_classes(classes.names, classes.category_ids) if classes else opened
+
+
+def fingerprint(*splits: Split) -> dict[str, str]:
+    """What must be equal on all processes besides the config: {"devices": how many, "data SPLIT": which images}."""
+    images = {
+        f"data {x.split}": f"{x.name}, {len(x)} images (ids {zlib.crc32(x.index.image_id.tobytes()):08x})"
+        for x in splits
+    }
+    return {"devices": sharding.describe_devices()} | images
 
 
 def check_classes(classes: Classes, split: Split, workdir: str) -> None:

@@ -1,12 +1,19 @@
-"""The exception that a user's mistake raises, and the one of a run that was told to stop."""
+"""How a run ends other than well: the exceptions, and the one line and the exit status that each becomes."""
+
+import errno
+
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
+_PATH_ERRORS = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOENT)
 
 
 class UserError(Exception):
     """A mistake that the user can mend.
 
     The message is one line. It names the file, key or value that is wrong and says what to do about it. Entry
-    points print it without a traceback and exit with status 2 (see `fpn_jax.cli`).
+    points print it without a traceback and exit with status 2 (see `fpn_jax.cli`), as argparse and most Unix tools do.
     """
+
+    status = 2
 
 
 class Stopped(Exception):
@@ -14,3 +21,30 @@ class Stopped(Exception):
 
     Entry points print the message and exit with status 75, EX_TEMPFAIL: the same command continues.
     """
+
+    status = 75
+
+
+class ProcessLost(Exception):
+    """One of several processes died, stalled or never came, so that this one cannot go on.
+
+    Entry points print the message and exit with status 76: the same command, started anew on all, continues.
+    """
+
+    status = 76
+
+
+def explain(error: BaseException) -> tuple[str, int] | None:
+    """(the line to print, the exit status), or None for what is our own mistake and deserves a traceback."""
+    if isinstance(error, UserError | ProcessLost):
+        return f"error: {' '.join(str(error).split())}", error.status
+    if isinstance(error, Stopped):
+        return str(error), error.status
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; the same command continues from the last checkpoint", 130
+    if isinstance(error, OSError):  # a full disk or a read-only folder is the user's to mend, too
+        by_path = error.errno in _PATH_ERRORS and error.filename
+        if by_path or error.errno in _DISK_ERRORS:
+            hint = "give another path" if by_path else "free some space or choose another folder"
+            return f"error: {error.filename or 'writing'}: {error.strerror}; {hint}", UserError.status
+    return None

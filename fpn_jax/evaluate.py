@@ -38,15 +38,27 @@ def evaluate(
 
     which: "best" or "latest" weights. tight: see `common.pad_tightly`. None stands for what the config says.
     """
-    sharding.start_processes()
     config = ml_collections.ConfigDict(checkpoint.read_config(workdir).to_dict())  # one of before a key may lack it
     config.data.data_dir = data_dir or config.data.data_dir
     config.data.dataset = dataset or config.data.dataset
+    with common.together(config, workdir):
+        return _evaluate(config, workdir, split_name or config.data.eval_split, which, pictures, tight, proposals)
+
+
+def _evaluate(
+    config: ml_collections.ConfigDict,
+    workdir: str,
+    split_name: str,
+    which: str,
+    pictures: int,
+    tight: bool,
+    proposals: str | None,
+) -> dict[str, Any]:
     common.set_up_jax()
     mesh = sharding.make_mesh()
     sharding.check_batch_size(mesh, config.eval_batch_size, "eval_batch_size")
     classes = common.Classes.read(workdir)
-    split = common.open_data(config, split_name or config.data.eval_split)
+    split = common.open_data(config, split_name)
     common.check_classes(classes, split, workdir)
     options = common.pipeline_options(config)
     if tight:

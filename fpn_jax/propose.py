@@ -83,16 +83,15 @@ def main(argv: Sequence[str]) -> None:
     cli.check_required(workdir=_WORKDIR.value, output=_OUTPUT.value)
     if not _OUTPUT.value.endswith(".npz") or _MOST.value < 1:
         raise UserError(f"--output={_OUTPUT.value} must end in .npz, and --most={_MOST.value} be at least 1")
-    sharding.start_processes()
     config = ml_collections.ConfigDict(checkpoint.read_config(_WORKDIR.value).to_dict())
     config.data.data_dir = _DATA_DIR.value or config.data.data_dir
     config.data.dataset = _DATASET.value or config.data.dataset
-    common.set_up_jax()
-    split = common.open_data(config, _SPLIT.value or config.data.eval_split)
-    propose(_WORKDIR.value, split, Path(_OUTPUT.value), _MOST.value, _CHECKPOINT.value)
-    print(
-        f"proposals of {len(split)} images of {split.name} {split.split}, at most {_MOST.value} each: {_OUTPUT.value}"
-    )
+    with common.together(config, _WORKDIR.value):
+        common.set_up_jax()
+        split = common.open_data(config, _SPLIT.value or config.data.eval_split)
+        propose(_WORKDIR.value, split, Path(_OUTPUT.value), _MOST.value, _CHECKPOINT.value)
+    images = f"{len(split)} images of {split.name} {split.split}"
+    print(f"proposals of {images}, at most {_MOST.value} each: {_OUTPUT.value}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from fpn_jax.data.decode import decode
 from fpn_jax.data.pipeline import PipelineOptions, eval_batches
 from fpn_jax.data.proposals import ProposalTable
 from fpn_jax.models.detector import Detector
-from fpn_jax.training import sharding
+from fpn_jax.training import peers, sharding
 from fpn_jax.training.step import make_detect, make_level_counts
 
 _COUNTED = 500  # images whose objects and proposals are counted by level: enough for shares, and soon done
@@ -200,7 +200,9 @@ class Evaluator:
         split, size = self.split, self.batch_size
         batches = eval_batches(split, self.options, size, rank=rank, world=world, proposals=self.proposals)
         quiet = rank > 0 or not sys.stderr.isatty()
-        return tqdm(batches, f"{split.name} {split.split}", leave=False, disable=quiet)
+        for batch in tqdm(batches, f"{split.name} {split.split}", leave=False, disable=quiet):
+            peers.at("evaluating")
+            yield batch
 
 
 def _added(one: dict[str, dict[str, np.ndarray]], other: dict[str, dict[str, np.ndarray]]) -> Any:

@@ -25,7 +25,7 @@ from fpn_jax.models.detector import Detector
 from fpn_jax.propose import open_proposals
 from fpn_jax.scoring import Evaluator, Found, metrics_table
 from fpn_jax.stages import train_stages
-from fpn_jax.training import checkpoint, sharding
+from fpn_jax.training import checkpoint, peers, roll_call, sharding
 from fpn_jax.training.logs import MetricLog
 from fpn_jax.training.optim import make_optimizer, make_schedule
 from fpn_jax.training.state import inference_variables, init_variables, make_state
@@ -39,10 +39,14 @@ _WORKDIR = cli.flag("workdir", str, None, "Folder for checkpoints, metrics and s
 
 def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     """Run the experiment in workdir, or what is left of it, and return the metrics of the last evaluation."""
-    sharding.start_processes()
-    common.set_up_jax()
     if "rows" in config:
         raise UserError("--config is an ablation of several rows; run it with python -m fpn_jax.sweep")
+    with common.together(config, workdir):
+        return _train(config, workdir)
+
+
+def _train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
+    common.set_up_jax()
     build_detector(config.model, 1)  # what cannot be built is told before anything is read
     if config.stages:
         return train_stages(config, workdir, train)
@@ -55,6 +59,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     eval_split = common.open_data(config, config.data.eval_split)
     classes = common.Classes(train_split.class_names, train_split.category_ids)
     common.check_classes(classes, eval_split, workdir)
+    roll_call.agree("devices and data", common.fingerprint(train_split, eval_split), config.join_within)
+    roll_call.announce(config.batch_size, f"{train_split.name} {train_split.split}", len(train_split))
     options = common.pipeline_options(config)
     detector = common.make_detector(config, classes)
     regions = _regions(config, train_split, eval_split)
@@ -79,15 +85,21 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
             changes = _changes(config, workdir)
             checkpoint.write_config(workdir, config)
             classes.write(workdir)
-        with MetricLog(workdir, config.num_steps, first, enabled=rank == 0) as log, StopRequest() as stop:
+        metrics = _finished(workdir) if first >= config.num_steps else None
+        # Saving comes before evaluating: an evaluation of this very step may have been cut short or never have begun.
+        again = metrics is None and _evaluates(config, first)
+        log = MetricLog(workdir, config.num_steps, first, enabled=rank == 0, evaluates_again=again)
+        with log, StopRequest() as stop:
             log.message(_describe(state, mesh, train_split, options, first))
             for line in [*origin, *(changes if rank == 0 else [])]:
                 log.message(line)
             run = _Run(config, workdir, evaluator, checkpoints, log)
-            metrics = _finished(workdir) if first >= config.num_steps else None
+            if again:
+                metrics = run.evaluate(state, first >= config.num_steps)
             batches, compilations = TimedBatches(batches), Compilations(train_step)
             for step, host in zip(range(first + 1, config.num_steps + 1), batches, strict=False):
                 run.image_ids.append((step, host["image_id"].tolist()))
+                peers.at("training" if compilations.knows(host) else "compiling", step)
                 state, step_metrics = train_step(state, sharding.put_batch(mesh, host))
                 run.check_finite(log.write(step, step_metrics | {"data_wait": batches.waited}))
                 if warning := compilations.check(host):
@@ -99,10 +111,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
                 if stopping and not last:
                     checkpoints.wait()
                     raise Stopped(f"stopped after step {step} as told, which is saved; the same command continues")
-                if last or (config.eval_every and step % config.eval_every == 0):
+                if _evaluates(config, step):
                     metrics = run.evaluate(state, last)
-            if metrics is None:  # killed between its last step and the end of the last evaluation
-                metrics = run.evaluate(state, True)
     return metrics
 
 
@@ -120,6 +130,7 @@ class _Run:
     def save(self, state: TrainState, position: dict[str, Any]) -> None:
         """Checkpoint the state, after making sure that it is not broken."""
         self.check_finite(self.log.flush())
+        peers.at("saving")
         self.checkpoints.save(state, position)
 
     def evaluate(self, state: TrainState, last: bool) -> dict[str, Any]:
@@ -137,6 +148,7 @@ class _Run:
         if best is None or (metrics[main] or 0.0) > best[main]:
             self.checkpoints.save_best(state, {main: metrics[main] or 0.0})
         if last:
+            peers.at("analysing")
             self.evaluator.analyse(self.workdir, variables, found)
             if sharding.process()[0] == 0:
                 self._conclude(found)
@@ -232,6 +244,11 @@ def _check_same_data(saved: dict[str, Any], wanted: dict[str, Any], workdir: str
                 f"--workdir={workdir} was trained with {name} {saved.get(name)!r}, now it is {value!r}: the order of "
                 "the data would break; set it back, or train into another --workdir"
             )
+
+
+def _evaluates(config: ml_collections.ConfigDict, step: int) -> bool:
+    """Whether the state after this step is scored."""
+    return step >= config.num_steps or bool(step and config.eval_every and step % config.eval_every == 0)
 
 
 def _finished(workdir: str) -> dict[str, Any] | None:

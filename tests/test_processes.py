@@ -1,47 +1,22 @@
-"""Two real processes on this machine train and score as one does."""
+"""Real processes on this machine train and score as one does, on any number of devices, from any to any."""
 
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parent.parent
-
-
-def start(config, workdir, processes, *changes):
-    """The training command in that many processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    command = [sys.executable, "-m", "fpn_jax.train", f"--config={config}", f"--workdir={workdir}", *changes]
-    running = []
-    for rank in range(processes):
-        environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-        if processes > 1:
-            place = {
-                "JAX_COORDINATOR_ADDRESS": address,
-                "JAX_NUM_PROCESSES": str(processes),
-                "JAX_PROCESS_ID": str(rank),
-            }
-            environment |= place
-        running.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=-1, stderr=-1, text=True))
-    return running
+from launching import finish, losses, rows, start, wait_until
 
 
-def train(config, workdir, processes):
+def train(config, workdir, processes, *changes, devices=1):
     """Run it to its end and return the losses and the final metrics."""
-    for process in start(config, workdir, processes):
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    losses = [row["loss"] for row in rows if "loss" in row]
-    return losses, json.loads((workdir / "metrics.json").read_text())
+    finish(start(config, workdir, processes, *changes, devices=devices))
+    return losses(workdir), json.loads((workdir / "metrics.json").read_text())
+
+
+def detections(workdir):
+    """What was found, image by image; an image that was counted twice would have twice as many."""
+    found = json.loads((workdir / "eval" / "val" / "detections.json").read_text())
+    return sorted((x["image_id"], x["category_id"], round(x["score"], 3)) for x in found)
 
 
 def test_two_processes_give_the_losses_and_scores_of_one(tmp_path, tiny_experiment):
@@ -53,16 +28,64 @@ def test_two_processes_give_the_losses_and_scores_of_one(tmp_path, tiny_experime
     assert two_metrics["num_detections"] == pytest.approx(one_metrics["num_detections"], abs=2)
 
 
+@pytest.mark.slow
+def test_one_two_and_four_processes_are_one_run_and_three_score_it(tmp_path, tiny_experiment):
+    """16 images to train on and 5 to score, neither a multiple of the batch of 12 that all of these divide."""
+    changes = ["--config.batch_size=12", "--config.eval_batch_size=12", "--config.eval_every=6"]
+    runs = {world: train(tiny_experiment, tmp_path / f"of{world}", world, *changes) for world in (1, 2, 4)}
+    expected = detections(tmp_path / "of1")
+    assert len({image_id for image_id, *_ in expected}) == 5
+    for world, (its_losses, metrics) in runs.items():
+        assert its_losses == pytest.approx(runs[1][0], rel=1e-3)
+        assert metrics["num_images"] == 5
+        assert len(detections(tmp_path / f"of{world}")) == pytest.approx(len(expected), abs=2)
+        # Only process 0 keeps a log, and as many steps and evaluations as there were.
+        assert len(list((tmp_path / f"of{world}" / "tensorboard").iterdir())) == 1
+        assert [row["step"] for row in rows(tmp_path / f"of{world}") if "eval/AP" in row] == [6, 12]
+    workdir = tmp_path / "of1"
+    for world in (1, 2, 3, 4):
+        found = workdir / "eval" / "val" / "detections.json"
+        found.unlink()
+        finish(start(None, workdir, world, "--pictures=0", program=("-m", "fpn_jax.evaluate")))
+        assert len(detections(workdir)) == pytest.approx(len(expected), abs=2)
+        assert {image_id for image_id, *_ in detections(workdir)} == {image_id for image_id, *_ in expected}
+
+
+@pytest.mark.slow
+def test_a_run_moves_between_numbers_of_devices_and_processes(tmp_path, tiny_experiment):
+    """Each part of the run continues the checkpoint of the one before, with the same batches: (processes, devices)."""
+    config = [tiny_experiment, tmp_path / "moved"]
+    changes = ["--config.batch_size=8", "--config.eval_batch_size=8", "--config.eval_every=3"]
+    expected, whole = train(tiny_experiment, tmp_path / "whole", 1, *changes)
+    for until, (processes, devices) in zip((3, 5, 8, 12), ((2, 4), (1, 4), (1, 1), (2, 2)), strict=True):
+        stop_at = [f"--stop_at={until}"] if until < 12 else []
+        running = start(*config, processes, *changes, *stop_at, devices=devices, program=("-c", STOPPING))
+        errors = finish(running, 75 if stop_at else 0)
+        assert f"{processes * devices} device" in errors[0]
+    assert "continuing at step 8" in errors[0]
+    assert losses(tmp_path / "moved") == pytest.approx(expected, rel=1e-3)
+    moved = json.loads((tmp_path / "moved" / "metrics.json").read_text())
+    assert moved["num_images"] == whole["num_images"]
+    assert moved["num_detections"] == pytest.approx(whole["num_detections"], abs=2)
+
+
+# The training command, which is told to stop after a given step as the platform would tell it.
+STOPPING = """
+from fpn_jax import cli, train
+from fpn_jax.training.watch import StopRequest
+stop_at = cli.flag("stop_at", int, 0, "")
+StopRequest.came = lambda self, step: step == stop_at.value
+cli.run(train.main)
+"""
+
+
 def test_all_processes_stop_when_one_is_told_to(tmp_path, tiny_experiment):
     """The platform takes one worker away: all save at the same step and leave with the status of a stopped run."""
     workdir = tmp_path / "run"
     running = start(tiny_experiment, workdir, 2, "--config.num_steps=5000", "--config.checkpoint_every=5000")
-    log, deadline = workdir / "metrics.jsonl", time.monotonic() + 300
-    while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") >= 3):
-        time.sleep(0.05)
+    wait_until(lambda: len(rows(workdir)) >= 3, running)
     running[1].send_signal(signal.SIGTERM)
-    errors = [process.communicate(timeout=200)[1] for process in running]
-    assert [process.returncode for process in running] == [75, 75], errors
+    errors = finish(running, 75)
     (saved,) = [path.name for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
     assert all(f"stopped after step {saved} as told" in error for error in errors)
 
@@ -81,19 +104,12 @@ def test_four_stages_on_two_processes_are_read_by_one(tmp_path, tiny_config, sce
         "    config.stages = stages(4, 4, (32, 16))\n    return config\n"
     )
     assert len(stages(4, 4, (32, 16))) == 4
-    for process in start(path, workdir, 2):
-        _, errors = process.communicate(timeout=600)
-        assert process.returncode == 0, errors
+    finish(start(path, workdir, 2), timeout=600)
     before = json.loads((workdir / "metrics.json").read_text())
-    command = [sys.executable, "-m", "fpn_jax.evaluate", f"--workdir={workdir}", "--pictures=0"]
-    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    alone = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert alone.returncode == 0, alone.stderr
+    finish(start(None, workdir, 1, "--pictures=0", program=("-m", "fpn_jax.evaluate")))
     after = json.loads((workdir / "eval" / "val" / "metrics.json").read_text())
     assert after["num_images"] == before["num_images"] == 5
     # Killed between the join and the scores, the same command ends the run.
     (workdir / "metrics.json").unlink()
-    again = start(path, workdir, 1)[0]
-    _, errors = again.communicate(timeout=600)
-    assert again.returncode == 0, errors
+    finish(start(path, workdir, 1), timeout=600)
     assert (workdir / "metrics.json").exists()

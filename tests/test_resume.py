@@ -26,6 +26,10 @@ def finished_checkpoints(workdir):
     return [p for p in folder.iterdir() if p.name.isdigit()] if folder.exists() else []
 
 
+def being_written(workdir):
+    return any("tmp" in path.name for path in (workdir / "checkpoints").iterdir())
+
+
 def environment():
     return os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
 
@@ -42,12 +46,13 @@ def test_a_killed_run_continues_with_the_same_losses(tmp_path, tiny_experiment):
 
     victim = subprocess.Popen(command(tiny_experiment, broken), cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
-    while not finished_checkpoints(broken) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    while not (finished_checkpoints(broken) and being_written(broken)) and time.monotonic() < deadline:
+        time.sleep(0.001)
     victim.send_signal(signal.SIGKILL)
     assert victim.wait() == -signal.SIGKILL
     before = sorted(losses(broken))
     assert before[-1] < steps, "the run ended before it could be killed"
+    assert being_written(broken), "the save was done before it could be cut short"
 
     again = subprocess.run(
         command(tiny_experiment, broken), cwd=ROOT, env=environment(), capture_output=True, text=True

@@ -30,9 +30,9 @@ class MetricLog:
 
     metrics.jsonl has one object per line, {"step", "time" (seconds since 1970), name: number or null (not finite)}.
     A run that continues after `first_step` drops the lines of later steps (and a last line that a kill cut short), so
-    that no step is there twice. With enabled=False (processes other than 0) nothing is written or shown, but the values
-    still come back, as every process must stop at a loss that is not finite. Methods raise `UserError` where a file
-    cannot be written.
+    that no step is there twice; with evaluates_again also the line of that step's evaluation. With enabled=False
+    (processes other than 0) nothing is written or shown, but the values still come back, as every process must stop at
+    a loss that is not finite. Methods raise `UserError` where a file cannot be written.
     """
 
     def __init__(
@@ -42,6 +42,7 @@ class MetricLog:
         first_step: int = 0,
         *,
         enabled: bool = True,
+        evaluates_again: bool = False,
         stream: TextIO | None = None,
     ):
         self._pending: tuple[int, Mapping[str, Any]] | None = None
@@ -53,7 +54,7 @@ class MetricLog:
             return
         with _Writing(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            _drop_lines_after(self._path, first_step)
+            _drop_lines_after(self._path, first_step, evaluates_again)
             self._jsonl = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - close() closes it
         with _Writing(self._path.parent / "tensorboard"):
             self._events = _open_events(self._path.parent / "tensorboard", first_step)
@@ -159,11 +160,11 @@ def _scalar(value: Any) -> float:
     return float(str(np.asarray(value)[()]))
 
 
-def _drop_lines_after(path: Path, last_step: int) -> None:
+def _drop_lines_after(path: Path, last_step: int, but_evaluations: bool) -> None:
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    kept = [line for line in lines if _is_line_until(line, last_step)]
+    kept = [line for line in lines if _is_line_until(line, last_step, but_evaluations)]
     if kept == lines:
         return
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -171,12 +172,14 @@ def _drop_lines_after(path: Path, last_step: int) -> None:
     os.replace(temporary, path)
 
 
-def _is_line_until(line: str, last_step: int) -> bool:
+def _is_line_until(line: str, last_step: int, but_evaluations: bool) -> bool:
     if not line.endswith("\n"):
         return False
     try:
-        return json.loads(line)["step"] <= last_step
-    except (ValueError, KeyError, TypeError):
+        row = json.loads(line)
+        again = but_evaluations and any(name.startswith("eval/") for name in row)
+        return row["step"] < last_step + (not again)
+    except (ValueError, KeyError, TypeError):  # no JSON, or none of ours
         return False
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fpn_jax.training import sharding
+from fpn_jax.training import peers, sharding
 
 
 class StopRequest:
@@ -56,6 +56,7 @@ class TimedBatches:
 
     def __next__(self) -> dict[str, np.ndarray]:
         start = time.perf_counter()
+        peers.at("waiting for data")
         batch = next(self._batches)
         now = time.perf_counter()
         self.waited = (now - start) / max(now - self._last, 1e-9)
@@ -70,6 +71,10 @@ class Compilations:
         self._step = step
         self._buckets: set[tuple[int, ...]] = set()
         self._told = 0
+
+    def knows(self, host: dict[str, np.ndarray]) -> bool:
+        """Whether the step has run on batches of this bucket before, so that it need not be compiled for it."""
+        return host["image"].shape in self._buckets
 
     def check(self, host: dict[str, np.ndarray]) -> str | None:
         """Call it after each step with its batch; a line to print if there are more programs than buckets so far."""
