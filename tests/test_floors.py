@@ -17,17 +17,18 @@ DEVICE = {"jax", "flax", "optax", "orbax"}
 READING = {"tensorflow_datasets", "grain", "cv2"}
 ROOMS = {
     "errors": (set(), DEVICE | READING | {"ml_collections"}),
+    "storage": ({"errors"}, DEVICE | READING | {"ml_collections"}),
     "types": ({"errors"}, {"optax", "orbax", "ml_collections"} | READING),
     "ops": ({"errors", "types"}, {"flax", "optax", "orbax", "ml_collections"} | READING),
-    "data": ({"errors"}, DEVICE | {"ml_collections"}),
+    "data": ({"errors", "storage"}, DEVICE | {"ml_collections"}),
     "models": ({"errors", "types", "ops"}, {"optax", "orbax"} | READING),
-    "training": ({"errors", "types", "ops", "models"}, READING),
+    "training": ({"errors", "storage", "types", "ops", "models"}, READING),
     "weights": ({"errors", "types", "ops", "models"}, {"optax", "orbax"} | READING),
-    "evaluation": ({"errors", "types", "ops", "data"}, DEVICE | {"ml_collections"}),
+    "evaluation": ({"errors", "storage", "types", "ops", "data"}, DEVICE | {"ml_collections"}),
     "recall": ({"errors", "types", "ops", "data", "evaluation"}, DEVICE | {"ml_collections"}),
-    "analysis": ({"errors", "types", "ops", "data", "evaluation", "recall"}, DEVICE | {"ml_collections"}),
-    "visualize": ({"errors", "types", "ops", "data"}, DEVICE | {"ml_collections"}),
-    "reporting": ({"errors"}, DEVICE | READING | {"ml_collections"}),
+    "analysis": ({"errors", "storage", "types", "ops", "data", "evaluation", "recall"}, DEVICE | {"ml_collections"}),
+    "visualize": ({"errors", "storage", "types", "ops", "data"}, DEVICE | {"ml_collections"}),
+    "reporting": ({"errors", "storage"}, DEVICE | READING | {"ml_collections"}),
 }
 # Everything else in fpn_jax (cli, common, train, evaluate, ...) and benchmarks: the entry floor, imports anything.
 
@@ -37,6 +38,10 @@ PEERS = ["benchmarks/parity/theirs.py", "benchmarks/parity/run.py", "tests/weigh
 PACKAGES = {
     "orbax": ["fpn_jax/training/checkpoint.py"],
     "tensorflow_datasets": [f"fpn_jax/data/{x}.py" for x in ("datasets", "records", "scenes", "coco", "coco_files")],
+    "etils": ["fpn_jax/storage/paths.py"],
+    "fsspec": ["fpn_jax/storage/paths.py"],
+    "gcsfs": ["fpn_jax/storage/paths.py"],
+    "google": [f"fpn_jax/storage/{x}.py" for x in ("paths", "claim")],
     "grain": ["fpn_jax/data/pipeline.py"],
     "hotcoco": [f"fpn_jax/{x}.py" for x in ("evaluation", "recall", "analysis")],
     "tensorboardX": ["fpn_jax/training/logs.py"],
