@@ -20,9 +20,9 @@ from fpn_jax.types import Batch, PerDevice, together
 def start_processes() -> None:
     """Join the other processes of this job, if there are several; call it before anything touches a device.
 
-    Slurm, GKE and Cloud TPU slices tell each process its place. Elsewhere set JAX_COORDINATOR_ADDRESS=HOST:PORT,
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID. A single process does nothing. Raises `UserError` if one of the three is
-    missing.
+    Slurm, Open MPI, GKE and Cloud TPU slices tell each process its place, and jax knows how to ask them. Elsewhere set
+    JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID, which come before all others. A single
+    process does nothing. Raises `UserError` if one of the three is missing, or the launcher tells too little.
     """
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     given = [os.environ.get(name) for name in names]
@@ -32,9 +32,65 @@ def start_processes() -> None:
         if not all(given):
             missing = [name for name, value in zip(names, given, strict=True) if not value]
             raise UserError(f"{missing[0]} is not set; a process of several needs {', '.join(names)}")
-        jax.distributed.initialize(given[0], int(given[1]), int(given[2]))
-    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 or "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
-        jax.distributed.initialize()
+        # Deactivated: else jax under Slurm would leave each process a single GPU, whoever gave these.
+        place = given[0], int(given[1]), int(given[2])
+        jax.distributed.initialize(*place, cluster_detection_method="deactivate")
+        return
+    launcher = _launcher()
+    if launcher == "slurm":
+        jax.distributed.initialize(local_device_ids=_slurm_gpus(), cluster_detection_method="slurm")
+    elif launcher:
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:  # no coordinator: a TPU without neighbours, or a launcher that jax cannot ask
+            if launcher != "tpu" or "coordinator_address" not in str(error):
+                raise UserError(
+                    f"this is one of several processes of {launcher}, but jax cannot tell which ({error}); set "
+                    f"{', '.join(names)}"
+                ) from None
+
+
+def _launcher() -> str | None:
+    """Who has started several processes of which this is one; None if nobody has.
+
+    A TPU counts, too: only its metadata server knows whether there are others, and jax asks it.
+    """
+    several = {
+        "slurm": ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST"),  # of srun; a bare sbatch script is one process
+        "ompi": ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    }
+    for launcher, (count, place) in several.items():
+        if int(os.environ.get(count) or 1) > 1 and place in os.environ:
+            return launcher
+    # jax sets the first on importing where it finds TPU chips; the others are GKE's.
+    if {"TPU_ML_PLATFORM", "TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES"} & os.environ.keys():
+        return "tpu"
+    # An indexed Kubernetes job; its size is known to jax alone, which asks the cluster if it may (pip: jax[k8s]).
+    return "k8s" if {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= os.environ.keys() else None
+
+
+def _slurm_gpus() -> list[int] | None:
+    """The GPUs of this task, as numbers among those it sees; None: as jax has it, one for each task of a node.
+
+    jax takes one GPU per task even where a node has one task, whose other GPUs would lie idle.
+    """
+    if "JAX_LOCAL_DEVICE_IDS" in os.environ:
+        return None
+    tasks = _tasks_of_this_node()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or os.environ.get("ROCR_VISIBLE_DEVICES")
+    gpus = len(visible.split(",")) if visible else int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)
+    # Fewer than tasks: those that a task sees are its own (--gpus-per-task).
+    return list(range(gpus)) if gpus and (tasks == 1 or (visible and gpus < tasks)) else None
+
+
+def _tasks_of_this_node() -> int:
+    """From SLURM_STEP_TASKS_PER_NODE, which says "2(x3),1" for three nodes of two tasks and one of one."""
+    counts: list[int] = []
+    for part in os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","):
+        count, _, times = part.rstrip(")").partition("(x")
+        counts += [int(count)] * int(times or 1)
+    node = int(os.environ.get("SLURM_NODEID") or 0)
+    return counts[node] if node < len(counts) else counts[-1]
 
 
 def wait_for_all(what: str) -> None:
