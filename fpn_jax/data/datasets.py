@@ -145,7 +145,7 @@ def open_split(data_dir: str | os.PathLike, dataset: str, split: str, cache_dir:
     """Open a split, e.g. ("data", "coco/2017", "validation"); a first opening of a foreign data set takes a pass.
 
     Of a data_dir on gs:// the split's files are copied to this machine first, once, below `cache_dir` (see
-    `fpn_jax.storage.mirror`): random access to single records is no use of object storage.
+    `fpn_jax.storage.mirror`): in a shuffled epoch every image would else be waited for, a request each.
 
     Any data set that tfds prepared in its array_record format will do if it has `image` and `objects` with `bbox` and
     `label`. Raises a `UserError` that names what there is if the data set or the split does not exist.
