@@ -182,9 +182,7 @@ def list_datasets(data_dir: str | os.PathLike) -> list[str]:
     return sorted(found)
 
 
-def _open(
-    data_dir: str | os.PathLike, dataset: str, split: str = "", cache_dir: str = ""
-) -> tfds.core.DatasetBuilder:
+def _open(data_dir: str | os.PathLike, dataset: str, split: str = "", cache_dir: str = "") -> tfds.core.DatasetBuilder:
     """The read-only builder of a data set's newest version; of a remote one, with the records of `split` alone."""
     folder = paths.path(data_dir) / dataset
     versions = [f for f in folder.glob("*") if _VERSION.fullmatch(f.name) and (f / "dataset_info.json").exists()]
@@ -203,7 +201,7 @@ def _open(
 
 
 def _belongs(name: str, split: str) -> bool:
-    """Whether a file of a prepared data set is needed to read the split: its records and index, and what tells of all."""
+    """Whether a file of a prepared data set is needed to read the split: its records, its index, what tells of all."""
     is_records, is_index = "-of-" in name, name.startswith("index-")
     return f"-{split}." in name if is_records or is_index else name.endswith((".json", ".txt"))
 

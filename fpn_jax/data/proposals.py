@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from fpn_jax.errors import UserError
+from fpn_jax.storage import paths
 
 READABLE = (".npz", ".json")
 _VERSION = 1  # of our compact file

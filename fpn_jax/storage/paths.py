@@ -126,12 +126,11 @@ def write_atomically(target: Any, write_to: Callable[[IO[Any]], Any], binary: bo
     target = Path(target)
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") if binary else open(temporary, "w", encoding="utf-8") as file:
-            write_to(file)
-        os.replace(temporary, target)
-    except OSError as error:
-        raise UserError(f"{target}: {error.strerror}; free some space or choose another folder") from None
+        with telling(target, "cannot be written"):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") if binary else open(temporary, "w", encoding="utf-8") as file:
+                write_to(file)
+            os.replace(temporary, target)
     finally:
         if target.parent.is_dir():
             temporary.unlink(missing_ok=True)
