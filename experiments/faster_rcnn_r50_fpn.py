@@ -33,7 +33,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.ema_decay = 0.0  # of averaged weights, which are then the ones evaluated; 0: none
 
     config.data = data = ml_collections.ConfigDict()
-    data.data_dir = "data"
+    data.data_dir = "data"  # or gs://BUCKET/FOLDER
+    data.cache_dir = ""  # where data of gs:// is copied to; "": ~/.cache/fpn_jax/data
     data.dataset = "coco/2017"
     data.train_split = "train"
     data.eval_split = "validation"

@@ -12,6 +12,7 @@ import numpy as np
 
 from fpn_jax import evaluation
 from fpn_jax.recall import area_recalls, count_objects
+from fpn_jax.storage import paths
 
 # TIDE's kinds of errors (Bolya et al., arXiv 2008.08115): those of false detections, the first that fits; then all.
 FALSE_KINDS = ("Loc", "Cls", "Dupe", "Bkg", "Both")
@@ -228,13 +229,13 @@ def octave_table(octaves: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def write(workdir: str | Path, split: str, analysis: dict[str, Any]) -> Path:
+def write(workdir: str | Path, split: str, analysis: dict[str, Any]) -> Any:
     """Write WORKDIR/eval/SPLIT/analysis.json as `evaluation.write` writes its files; returns its path.
 
     analysis is {"errors": of `error_types`, absent for proposals; "octaves": of `by_octave`; "levels": ...}.
     Raises `UserError` if the file cannot be written.
     """
-    path = Path(workdir) / "eval" / split / "analysis.json"
+    path = paths.path(workdir) / "eval" / split / "analysis.json"
     text = json.dumps(analysis, indent=2, allow_nan=False) + "\n"
-    evaluation.write_atomically(path, lambda file: file.write(text))
+    paths.write_atomically(path, lambda file: file.write(text))
     return path

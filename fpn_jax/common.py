@@ -20,7 +20,8 @@ from fpn_jax.data.transforms import resized_size
 from fpn_jax.errors import UserError
 from fpn_jax.models import build_detector
 from fpn_jax.models.detector import Detector
-from fpn_jax.training import checkpoint, peers, roll_call, sharding
+from fpn_jax.storage import mirror, paths
+from fpn_jax.training import checkpoint, peers, processes, roll_call, sharding
 from fpn_jax.training.state import init_variables
 from fpn_jax.weights import files, loader, names, published, semantics
 
@@ -36,12 +37,13 @@ class Classes:
 
     def write(self, workdir: str) -> None:
         """Keep them in WORKDIR/classes.json."""
-        (Path(workdir) / "classes.json").write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        text = json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        paths.write_atomically(paths.path(workdir) / "classes.json", lambda file: file.write(text))
 
     @classmethod
     def read(cls, workdir: str) -> "Classes":
         """Raises `UserError` if the workdir has none."""
-        path = Path(workdir) / "classes.json"
+        path = paths.path(workdir) / "classes.json"
         if not path.exists():
             raise UserError(f"{path} is missing; train in this workdir first, or give another --workdir")
         return cls(**json.loads(path.read_text()))
@@ -58,11 +60,11 @@ def set_up_jax() -> None:
 def together(config: ml_collections.ConfigDict, workdir: str) -> Iterator[None]:
     """Around all that several processes do together: they join, make sure that they do the same, and watch each other.
 
-    See `sharding.start_processes`, `peers.watched` and `roll_call.agree` for what comes out if they do not.
+    See `processes.start_processes`, `peers.watched` and `roll_call.agree` for what comes out if they do not.
     """
     limits = {"join_within": 300.0, "dead_after": 60.0, "stall_after": 1800.0}  # workdirs of before have none
     join_within, dead_after, stall_after = (config.get(name, default) for name, default in limits.items())
-    sharding.start_processes(join_within, dead_after)
+    processes.start_processes(join_within, dead_after)
     with peers.watched(dead_after, stall_after):
         facts = {"command": Path(sys.argv[0]).name, "--workdir": workdir} | roll_call.versions()
         facts |= {f"config.{key}": value for key, value in flat_values(config).items()}
@@ -111,7 +113,7 @@ def open_data(config: ml_collections.ConfigDict, split: str) -> Split:
     """
     name = config.data.get("classes", "")  # not there in workdirs of before there was a choice
     classes = class_list(name) if name else None  # an unknown name is told before the data is opened
-    opened = open_split(config.data.data_dir, config.data.dataset, split)
+    opened = open_split(config.data.data_dir, config.data.dataset, split, config.data.get("cache_dir", ""))
     return opened.with_classes(classes.names, classes.category_ids) if classes else opened
 
 
@@ -155,11 +157,18 @@ def read_weights(address: str) -> dict[str, np.ndarray]:
 
     A workdir's are named as the paths of our variables. Raises `UserError` if there is nothing readable.
     """
-    if "://" not in address and (Path(address) / "config.json").exists():
+    if is_workdir(address):
         with checkpoint.Checkpoints(address) as checkpoints:
             variables, _ = checkpoints.saved_weights("best")
         return {"/".join(path): np.asarray(x) for path, x in names.flatten(variables).items()}
-    return files.read_arrays(published.fetch(address))
+    local = mirror.fetched(address) if address.startswith("gs://") else published.fetch(address)
+    return files.read_arrays(local)
+
+
+def is_workdir(address: str) -> bool:
+    """Whether a run's folder is what this names, rather than a file or an address of weights."""
+    has_scheme = "://" in address and not address.startswith("gs://")
+    return not has_scheme and (paths.path(address) / "config.json").exists()
 
 
 def load_weights(

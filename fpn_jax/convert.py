@@ -15,6 +15,7 @@ import numpy as np
 from fpn_jax import cli, common
 from fpn_jax.data.class_lists import class_list
 from fpn_jax.errors import UserError
+from fpn_jax.storage import paths
 from fpn_jax.training import checkpoint, sharding
 from fpn_jax.training.state import init_variables
 from fpn_jax.types import TrainState
@@ -65,6 +66,8 @@ def convert_in(
 
 def convert_out(workdir: str, path: str, framework: str, which: str) -> list[str]:
     """Write a workdir's weights to a file under a framework's names; lines that say how to use it there."""
+    if paths.is_remote(path):
+        raise UserError(f"--to={path}: name a file of this machine, then: gcloud storage cp FILE {path}")
     config = checkpoint.read_config(workdir)
     classes = common.Classes.read(workdir)
     names.formats(framework)
@@ -84,7 +87,7 @@ def convert_out(workdir: str, path: str, framework: str, which: str) -> list[str
 
 
 def _guess_config(arrays: Mapping[str, np.ndarray], address: str) -> tuple[ml_collections.ConfigDict, list[str]]:
-    if "://" not in address and (Path(address) / "config.json").exists():
+    if common.is_workdir(address):
         config = ml_collections.ConfigDict(checkpoint.read_config(address).to_dict())
         config.init_from = config.init_part = ""
         return config.lock(), [f"config: {address}/config.json"]

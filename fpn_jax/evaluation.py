@@ -8,8 +8,7 @@ tools write -1.
 """
 
 import json
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,6 +16,7 @@ import hotcoco
 import numpy as np
 
 from fpn_jax.errors import UserError
+from fpn_jax.storage.paths import path, write_atomically
 
 # Places in hotcoco's precision [T R K A M] and recall [T K A M]: IoU .50 : .05 : .95, 101 recalls, classes, areas all
 # small medium large, 1 10 100 detections (cocodataset.org/#detection-eval).
@@ -189,7 +189,7 @@ def write(
     Each is written beside its place and then renamed, so that nobody ever reads half a file and a full disk leaves the
     previous one as it was. Raises `UserError` if a file cannot be written.
     """
-    folder = Path(workdir) / "eval" / split
+    folder = path(workdir) / "eval" / split
     if results is not None:
         write_atomically(folder / "detections.json", lambda file: _dump_results(results, file))
     dumped = json.dumps(metrics, indent=2, allow_nan=False) + "\n"
@@ -202,18 +202,3 @@ def _dump_results(results: Sequence[dict[str, Any]], file: TextIO) -> None:
     for i, result in enumerate(results):
         file.write((",\n" if i else "\n") + json.dumps(result, allow_nan=False, separators=(",", ":")))
     file.write("\n]\n")
-
-
-def write_atomically(path: Path, write_to: Callable[[TextIO], Any]) -> None:
-    """Let `write_to` fill a file beside `path`, in a folder that is made, then rename it. `UserError` if that fails."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "w", encoding="utf-8") as file:
-            write_to(file)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; free some space or choose another folder") from None
-    finally:
-        if path.parent.is_dir():
-            temporary.unlink(missing_ok=True)

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from tqdm import tqdm
 
@@ -17,6 +16,8 @@ from fpn_jax import cli, common, evaluation, visualize
 from fpn_jax.data.decode import decode
 from fpn_jax.data.pipeline import image_batch
 from fpn_jax.errors import UserError
+from fpn_jax.storage.paths import path as output_path
+from fpn_jax.storage.paths import write_atomically
 from fpn_jax.training import checkpoint, sharding
 from fpn_jax.training.step import make_detect
 
@@ -51,8 +52,7 @@ def main(argv: Sequence[str]) -> None:
     """Entry point."""
     cli.check_required(workdir=_WORKDIR.value, output=_OUTPUT.value)
     paths = find_images(argv[1:])
-    output = Path(_OUTPUT.value)
-    output.mkdir(parents=True, exist_ok=True)
+    output = output_path(_OUTPUT.value)
     config = checkpoint.read_config(_WORKDIR.value)
     common.set_up_jax()
     mesh = sharding.make_mesh(devices=sharding.first_device())
@@ -84,8 +84,8 @@ def main(argv: Sequence[str]) -> None:
         results += [row | {"file_name": str(path)} for row in rows]
         shown = found.valid[0] & (found.scores[0] >= _THRESHOLD.value)
         picture = visualize.draw(image, boxes[shown], found.labels[0][shown], found.scores[0][shown], classes.names)
-        _write_picture(output / _picture_name(path, paths), picture)
-    (output / "detections.json").write_text(json.dumps(results) + "\n")
+        visualize.save(output / _picture_name(path, paths), picture, quality=92)
+    write_atomically(output / "detections.json", lambda file: file.write(json.dumps(results) + "\n"))
     print(f"{len(results)} detections in {len(paths) - len(unreadable)} pictures; written to {output}/")
     if unreadable:
         more = f" and {len(unreadable) - 1} more" if len(unreadable) > 1 else ""
@@ -105,11 +105,6 @@ def _picture_name(path: Path, paths: list[Path]) -> str:
     """NAME.jpg, with the folder's name before it where two pictures would share it."""
     twins = sum(other.stem == path.stem for other in paths) > 1
     return f"{'_'.join(path.with_suffix('').parts).strip('_/')}.jpg" if twins else f"{path.stem}.jpg"
-
-
-def _write_picture(path: Path, image: np.ndarray) -> None:
-    if not cv2.imwrite(str(path), image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92]):
-        raise UserError(f"{path}: could not be written; free some space or choose another --output")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ python -m fpn_jax.propose --workdir=runs/rpn --split=train --output=proposals_tr
 Training does this by itself where `config.data.proposals_train` names an RPN's workdir.
 """
 
+import os
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 import ml_collections
 
@@ -16,6 +17,7 @@ from fpn_jax.data.proposals import ProposalTable
 from fpn_jax.errors import UserError
 from fpn_jax.given_proposals import read_proposals
 from fpn_jax.scoring import Evaluator
+from fpn_jax.storage import mirror, paths
 from fpn_jax.training import checkpoint, sharding
 
 _WORKDIR = cli.flag("workdir", str, None, "Folder of an RPN's training run.")
@@ -27,7 +29,7 @@ _MOST = cli.flag("most", int, 1000, "Proposals of an image at most.")
 _OUTPUT = cli.flag("output", str, None, "The file to write, .npz.")
 
 
-def propose(workdir: str, split: Split, path: Path, most: int, which: str = "best") -> None:
+def propose(workdir: str, split: Split, path: Any, most: int, which: str = "best") -> None:
     """Write the best `most` proposals of every image of the split by the workdir's RPN; process 0 does.
 
     NMS sees as many of each level, at least. Raises `UserError` if the workdir's detector proposes nothing.
@@ -63,18 +65,18 @@ def open_proposals(address: str, split: Split, most: int) -> ProposalTable:
             "data.proposals_train or data.proposals_eval is empty: model.detector=fast_rcnn needs regions; give a file "
             "of proposals or the workdir of an RPN"
         )
-    if not Path(address).is_dir():
-        return read_proposals(address)
+    if not paths.path(address).is_dir():
+        return read_proposals(mirror.fetched(address))
     checkpoint.read_config(address)  # else it is no run at all
     with checkpoint.Checkpoints(address) as checkpoints:
         step = checkpoints.chosen_step("best")
     name = f"{split.name.replace('/', '_')}_{split.split}_step{step}_{most}.npz"
-    path = Path(address) / "proposals" / name
+    path = paths.path(address) / "proposals" / name
     # A run that was made anew in its old place has newer weights of the same step.
-    weights = max((f.stat().st_mtime for f in Path(address).glob("*") if f.name in ("best", "checkpoints")), default=0)
-    if not path.exists() or path.stat().st_mtime < weights:
+    weights = max(paths.modified(paths.path(address) / folder) for folder in ("best", "checkpoints"))
+    if not path.exists() or paths.modified(path) < weights:
         propose(address, split, path, most)
-    return read_proposals(path)
+    return read_proposals(mirror.fetched(os.fspath(path)))
 
 
 def main(argv: Sequence[str]) -> None:
@@ -89,7 +91,7 @@ def main(argv: Sequence[str]) -> None:
     with common.together(config, _WORKDIR.value):
         common.set_up_jax()
         split = common.open_data(config, _SPLIT.value or config.data.eval_split)
-        propose(_WORKDIR.value, split, Path(_OUTPUT.value), _MOST.value, _CHECKPOINT.value)
+        propose(_WORKDIR.value, split, paths.path(_OUTPUT.value), _MOST.value, _CHECKPOINT.value)
     images = f"{len(split)} images of {split.name} {split.split}"
     print(f"proposals of {images}, at most {_MOST.value} each: {_OUTPUT.value}")
 

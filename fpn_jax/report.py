@@ -12,6 +12,7 @@ from fpn_jax import cli
 from fpn_jax.errors import UserError
 from fpn_jax.reporting import page, sections
 from fpn_jax.reporting.collect import read_sweep
+from fpn_jax.storage import paths
 
 _WORKDIR = cli.flag("workdir", str, None, "Folder of the sweep; several are separated by commas.")
 _BASELINE = cli.flag("baseline", str, None, "Row that the others are compared with; by default the sweep's own.")
@@ -26,7 +27,7 @@ def report(workdirs: Sequence[str], baseline: str | None = None, output: str | N
     if len(workdirs) > 1 and not output:
         raise UserError("several sweeps make one page; say with --output= where it shall be")
     sweeps = [read_sweep(workdir, baseline) for workdir in workdirs]
-    written = page.write(sections.page(sweeps), output or Path(workdirs[0]) / "report")
+    written = page.write(sections.page(sweeps), output or paths.path(workdirs[0]) / "report")
     for sweep in sweeps:
         print(page.to_text(sections.terminal(sweep)), end="\n\n")
     print(f"written to {' and '.join(map(str, written))}")

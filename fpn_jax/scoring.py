@@ -18,6 +18,7 @@ from fpn_jax.data.decode import decode
 from fpn_jax.data.pipeline import PipelineOptions, eval_batches
 from fpn_jax.data.proposals import ProposalTable
 from fpn_jax.models.detector import Detector
+from fpn_jax.storage import paths
 from fpn_jax.training import peers, sharding
 from fpn_jax.training.step import make_detect, make_level_counts
 
@@ -96,7 +97,7 @@ class Evaluator:
             metrics = evaluation.coco_metrics(truth, self.results(found))
         if sharding.process()[0] == 0:
             if self.detector.class_agnostic:
-                self.write_proposals(Path(workdir) / "eval" / self.split.split / "proposals.npz", found)
+                self.write_proposals(paths.path(workdir) / "eval" / self.split.split / "proposals.npz", found)
                 evaluation.write(workdir, self.split.split, metrics)
             else:
                 evaluation.write(workdir, self.split.split, metrics, self.results(found))
@@ -172,7 +173,7 @@ class Evaluator:
             return
         split = self.split
         by_image = {x.image_id: x for x in found}
-        folder = Path(workdir) / "eval" / split.split
+        folder = paths.path(workdir) / "eval" / split.split
         pages = []
         for i in np.unique(np.linspace(0, len(split) - 1, count).astype(int)):
             name = str(split.index.file_name[i])

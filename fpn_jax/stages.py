@@ -7,7 +7,6 @@ For the four-step training that lets RPN and Fast R-CNN share their features (Re
 import contextlib
 import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import ml_collections
@@ -15,8 +14,8 @@ import numpy as np
 
 from fpn_jax import common, evaluate, visualize
 from fpn_jax.errors import UserError
-from fpn_jax.evaluation import write_atomically
 from fpn_jax.models import PARTS
+from fpn_jax.storage.paths import path, write_atomically
 from fpn_jax.training import checkpoint, sharding
 from fpn_jax.training.optim import make_optimizer, make_schedule
 from fpn_jax.training.state import init_variables, make_state
@@ -35,15 +34,15 @@ def train_stages(config: ml_collections.ConfigDict, workdir: str, train: Train) 
     for where, stage in configs.items():
         check_unchanged(stage, where)
         train(stage, where)
-    metrics_file = Path(workdir) / "metrics.json"
+    metrics_file = path(workdir) / "metrics.json"
     if metrics_file.exists():
         return json.loads(metrics_file.read_text())
     whole = _whole(config)
     _join(whole, workdir, configs)
     metrics = evaluate.evaluate(workdir, None, "best", config.pictures, None)
     if sharding.process()[0] == 0:
-        folder = Path(workdir)
-        visualize.curves(Path(list(configs)[-1]) / "metrics.jsonl", folder / "curves.png")
+        folder = path(workdir)
+        visualize.curves(path(list(configs)[-1]) / "metrics.jsonl", folder / "curves.png")
         text = (folder / "eval" / config.data.eval_split / "metrics.json").read_text()
         write_atomically(metrics_file, lambda file: file.write(text))
     return metrics

@@ -26,11 +26,11 @@ import ml_collections
 from fpn_jax import cli, common
 from fpn_jax.cost import cost
 from fpn_jax.errors import UserError
-from fpn_jax.evaluation import write_atomically
 from fpn_jax.models import build_detector
 from fpn_jax.stages import stage_configs
+from fpn_jax.storage.paths import path, write_atomically
 from fpn_jax.train import train
-from fpn_jax.training import sharding
+from fpn_jax.training import processes, sharding
 from fpn_jax.variants import changed, check_unchanged, difference, references
 
 _CONFIG = cli.config_flag()
@@ -68,7 +68,7 @@ def sweep(config: ml_collections.ConfigDict, workdir: str, seeds: int, only: Seq
     chosen = _with_needed(needs, only or list(rows))
     if seeds < 1:
         raise UserError(f"--seeds={seeds}; at least one")
-    sharding.start_processes()
+    processes.start_processes()
     common.set_up_jax()
     first = sharding.process()[0] == 0
     all_seeds = [config.base.seed + i for i in range(seeds)]
@@ -82,7 +82,7 @@ def sweep(config: ml_collections.ConfigDict, workdir: str, seeds: int, only: Seq
     plan = make_plan(config, rows, all_seeds)
     if first:
         print(plan_table(plan, chosen), flush=True)
-        _write_plan(plan, Path(workdir) / "plan.json")
+        _write_plan(plan, path(workdir) / "plan.json")
     failures: list[str] = []
     for seed in all_seeds:
         failed: set[str] = set()
@@ -164,11 +164,11 @@ def _configs(
     }
 
 
-def _write_plan(plan: dict[str, Any], path: Path) -> None:
+def _write_plan(plan: dict[str, Any], file: Any) -> None:
     """With the seeds of former calls, of which this one may be a part."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        plan = plan | {"seeds": sorted({*plan["seeds"], *json.loads(path.read_text())["seeds"]})}
-    write_atomically(path, lambda file: json.dump(plan, file, indent=2))
+        plan = plan | {"seeds": sorted({*plan["seeds"], *json.loads(file.read_text())["seeds"]})}
+    write_atomically(file, lambda to: json.dump(plan, to, indent=2))
 
 
 def make_plan(
@@ -263,7 +263,7 @@ def _run(config: ml_collections.ConfigDict, workdir: str, name: str, seed: int) 
     """
     what = f"{name}, seed {seed}"
     first = sharding.process()[0] == 0
-    if (Path(workdir) / "metrics.json").exists():
+    if (path(workdir) / "metrics.json").exists():
         if first:
             print(f"{what}: finished before", flush=True)
         return None

@@ -9,7 +9,6 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,12 +18,12 @@ from fpn_jax import cli, common, visualize
 from fpn_jax.data.datasets import Split
 from fpn_jax.data.pipeline import PipelineOptions, train_batches
 from fpn_jax.errors import Stopped, UserError
-from fpn_jax.evaluation import write_atomically
 from fpn_jax.models import build_detector
 from fpn_jax.models.detector import Detector
 from fpn_jax.propose import open_proposals
 from fpn_jax.scoring import Evaluator, Found, metrics_table
 from fpn_jax.stages import train_stages
+from fpn_jax.storage.paths import path, write_atomically
 from fpn_jax.training import checkpoint, peers, roll_call, sharding
 from fpn_jax.training.logs import MetricLog
 from fpn_jax.training.optim import make_optimizer, make_schedule
@@ -171,7 +170,7 @@ class _Run:
     def _conclude(self, found: list[Found]) -> None:
         """Pictures, the curve, and the scores at the top of the workdir, where a finished run is recognised by them."""
         self.evaluator.draw(self.workdir, found, self.config.pictures)
-        folder = Path(self.workdir)
+        folder = path(self.workdir)
         visualize.curves(folder / "metrics.jsonl", folder / "curves.png")
         text = (folder / "eval" / self.evaluator.split.split / "metrics.json").read_text()
         write_atomically(folder / "metrics.json", lambda file: file.write(text))  # that it is there says: finished
@@ -218,7 +217,7 @@ def _starting_weights(
 
 def _changes(config: ml_collections.ConfigDict, workdir: str) -> list[str]:
     """What of the model is otherwise than when its weights came into this workdir."""
-    if not (Path(workdir) / "config.json").exists():
+    if not (path(workdir) / "config.json").exists():
         return []
     before, now = (common.flat_values(c.model) for c in (checkpoint.read_config(workdir), config))
     return [
@@ -252,8 +251,8 @@ def _evaluates(config: ml_collections.ConfigDict, step: int) -> bool:
 
 
 def _finished(workdir: str) -> dict[str, Any] | None:
-    path = Path(workdir) / "metrics.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    file = path(workdir) / "metrics.json"
+    return json.loads(file.read_text()) if file.exists() else None
 
 
 def _describe(state: TrainState, mesh: Any, split: Split, options: PipelineOptions, first: int) -> str:

@@ -10,6 +10,7 @@ import ml_collections
 
 from fpn_jax.common import flat_values
 from fpn_jax.errors import UserError
+from fpn_jax.storage import paths
 
 _RUN_KEYS = ("init_from", "data.proposals_train", "data.proposals_eval")  # whose values may be other runs
 
@@ -59,7 +60,15 @@ def _resolved(config: ml_collections.ConfigDict, where: str, runs: Mapping[str, 
 
 
 # What may differ between two starts of a run without changing what comes out.
-_HARMLESS = ("data.data_dir", "data.num_threads", "data.num_workers", "pictures", "checkpoint_every", "stages")
+_HARMLESS = (
+    "data.data_dir",
+    "data.cache_dir",
+    "data.num_threads",
+    "data.num_workers",
+    "pictures",
+    "checkpoint_every",
+    "stages",
+)
 
 
 def check_unchanged(config: ml_collections.ConfigDict, workdir: str, but: Collection[str] = ()) -> None:
@@ -67,7 +76,7 @@ def check_unchanged(config: ml_collections.ConfigDict, workdir: str, but: Collec
 
     Paths to other runs count as the same if they lead to the same folder. Keys that one side lacks came later.
     """
-    path = Path(workdir) / "config.json"
+    path = paths.path(workdir) / "config.json"
     if not path.exists():
         return
     try:

@@ -6,8 +6,8 @@ Images are uint8 [h w 3] RGB, boxes float [n 4] xyxy in pixels of the image they
 import colorsys
 import functools
 import json
+import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import cv2
@@ -17,6 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from fpn_jax.errors import UserError
+from fpn_jax.storage import paths
 
 _FONT = cv2.FONT_HERSHEY_SIMPLEX
 _SMALLEST = 640  # pictures whose longest side is below this are enlarged, or no label could be read
@@ -226,29 +227,29 @@ def _fit_width(picture: np.ndarray, width: int) -> np.ndarray:
     return cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
 
 
-def save(path: str | Path, image: np.ndarray) -> None:
-    """Write a picture; the name's ending says how (.jpg, .png). Raises `UserError` if that is not possible."""
-    path = Path(path)
+def save(path: str | os.PathLike, image: np.ndarray, quality: int = 95) -> None:
+    """Write a picture; the name's ending says how (.jpg, .png). Raises `UserError` if that is not possible.
+
+    quality: of a .jpg, 0 .. 100.
+    """
+    path = paths.path(path)
+    options = [cv2.IMWRITE_JPEG_QUALITY, quality] if path.suffix in (".jpg", ".jpeg") else []
     try:
-        done, data = cv2.imencode(path.suffix, image[..., ::-1])
+        done, data = cv2.imencode(path.suffix, image[..., ::-1], options)
     except cv2.error:
         done = False
     if not done:
         raise UserError(f"{path}: cannot write pictures that end in {path.suffix!r}; use .jpg or .png")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data.tobytes())
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; free some space or choose another folder") from None
+    paths.write_atomically(path, lambda file: file.write(data.tobytes()), binary=True)
 
 
-def curves(metrics: str | Path | Sequence[Mapping[str, Any]], path: str | Path) -> None:
+def curves(metrics: str | os.PathLike | Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
     """Loss and AP over the steps of a run, as a PNG.
 
     metrics is WORKDIR/metrics.jsonl or its lines as dicts: {"step", "loss", ..., "eval/AP", "eval/AP50", ...}, null
     where a number has no meaning. Raises `UserError` if the file is missing or the picture cannot be written.
     """
-    rows = metrics if not isinstance(metrics, str | Path) else _read_lines(Path(metrics))
+    rows = _read_lines(paths.path(metrics)) if isinstance(metrics, str | os.PathLike) else metrics
     figure = Figure(figsize=(9, 7), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     upper, lower = figure.subplots(2, 1, sharex=True)
@@ -273,7 +274,7 @@ def curves(metrics: str | Path | Sequence[Mapping[str, Any]], path: str | Path) 
     save(path, np.asarray(figure.canvas.buffer_rgba())[..., :3])
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
+def _read_lines(path: Any) -> list[dict[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:

@@ -299,7 +299,7 @@ def test_write_leaves_one_file_that_reads_back(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full_disk)
-    with pytest.raises(UserError, match=r"analysis\.json: No space left on device"):
+    with pytest.raises(UserError, match=r"analysis\.json: cannot be written \(No space left on device\)"):
         analysis.write(tmp_path, "valid", {})
     assert json.loads(path.read_text())["errors"] == errors
     assert os.listdir(path.parent) == ["analysis.json"]

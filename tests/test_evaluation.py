@@ -180,8 +180,10 @@ def test_a_write_that_fails_leaves_the_files_before(tmp_path, monkeypatch):
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(evaluation.os, "replace", full_disk)
-    with pytest.raises(UserError, match=r"detections\.json: No space left on device; free some space"):
+    monkeypatch.setattr(os, "replace", full_disk)
+    with pytest.raises(
+        UserError, match=r"detections\.json: cannot be written \(No space left on device\); free some space"
+    ):
         evaluation.write(tmp_path, "valid", metrics, [])
     assert json.loads(paths[1].read_text()) == [RESULT]
     assert sorted(os.listdir(paths[0].parent)) == ["detections.json", "metrics.json"]

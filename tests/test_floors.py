@@ -17,18 +17,19 @@ DEVICE = {"jax", "flax", "optax", "orbax"}
 READING = {"tensorflow_datasets", "grain", "cv2"}
 ROOMS = {
     "errors": (set(), DEVICE | READING | {"ml_collections"}),
+    "storage": ({"errors"}, DEVICE | READING | {"ml_collections"}),
     "types": ({"errors"}, {"optax", "orbax", "ml_collections"} | READING),
     "ops": ({"errors", "types"}, {"flax", "optax", "orbax", "ml_collections"} | READING),
-    "data": ({"errors"}, DEVICE | {"ml_collections"}),
+    "data": ({"errors", "storage"}, DEVICE | {"ml_collections"}),
     "models": ({"errors", "types", "ops"}, {"optax", "orbax"} | READING),
-    "training": ({"errors", "types", "ops", "models"}, READING),
+    "training": ({"errors", "storage", "types", "ops", "models"}, READING),
     "planning": ({"errors", "types", "ops", "models", "training"}, {"orbax"} | READING),
     "weights": ({"errors", "types", "ops", "models"}, {"optax", "orbax"} | READING),
-    "evaluation": ({"errors", "types", "ops", "data"}, DEVICE | {"ml_collections"}),
+    "evaluation": ({"errors", "storage", "types", "ops", "data"}, DEVICE | {"ml_collections"}),
     "recall": ({"errors", "types", "ops", "data", "evaluation"}, DEVICE | {"ml_collections"}),
-    "analysis": ({"errors", "types", "ops", "data", "evaluation", "recall"}, DEVICE | {"ml_collections"}),
-    "visualize": ({"errors", "types", "ops", "data"}, DEVICE | {"ml_collections"}),
-    "reporting": ({"errors"}, DEVICE | READING | {"ml_collections"}),
+    "analysis": ({"errors", "storage", "types", "ops", "data", "evaluation", "recall"}, DEVICE | {"ml_collections"}),
+    "visualize": ({"errors", "storage", "types", "ops", "data"}, DEVICE | {"ml_collections"}),
+    "reporting": ({"errors", "storage"}, DEVICE | READING | {"ml_collections"}),
 }
 # Everything else in fpn_jax (cli, common, train, evaluate, ...) and benchmarks: the entry floor, imports anything.
 
@@ -38,6 +39,10 @@ PEERS = ["benchmarks/parity/theirs.py", "benchmarks/parity/run.py", "tests/weigh
 PACKAGES = {
     "orbax": ["fpn_jax/training/checkpoint.py"],
     "tensorflow_datasets": [f"fpn_jax/data/{x}.py" for x in ("datasets", "records", "scenes", "coco", "coco_files")],
+    "etils": ["fpn_jax/storage/paths.py"],
+    "fsspec": ["fpn_jax/storage/paths.py"],
+    "gcsfs": ["fpn_jax/storage/paths.py"],
+    "google": [f"fpn_jax/storage/{x}.py" for x in ("paths", "claim")],
     "grain": ["fpn_jax/data/pipeline.py"],
     "hotcoco": [f"fpn_jax/{x}.py" for x in ("evaluation", "recall", "analysis")],
     "tensorboardX": ["fpn_jax/training/logs.py"],
@@ -50,9 +55,10 @@ PACKAGES = {
     "torchvision": PEERS,
 }
 BANNED_IN_TESTS = {"tensorflow", "torch", "torchvision"}
-# Names that only training/sharding.py may import or mention, however they are reached.
-SHARDING = "fpn_jax/training/sharding.py"
-NAMES = {"Mesh", "PartitionSpec", "NamedSharding", "distributed", "multihost_utils", "pmap", "pjit"}
+# Names that only one file may import or mention, however they are reached.
+SHARDING, PROCESSES = "fpn_jax/training/sharding.py", "fpn_jax/training/processes.py"
+NAMES = dict.fromkeys(("Mesh", "PartitionSpec", "NamedSharding", "multihost_utils", "pmap", "pjit"), SHARDING)
+NAMES["distributed"] = PROCESSES
 
 
 def imports(tree: ast.AST, path: str) -> Iterator[tuple[int, str]]:
@@ -96,8 +102,9 @@ def violations(path: str, source: str) -> list[str]:
             at_home = path in homes
             if begins(name, package) and not at_home and (folder != "tests" or package in BANNED_IN_TESTS):
                 found.append(f"{path}:{line}: {name} belongs in {' '.join(homes) or 'no file'}")
-    if path != SHARDING and folder != "tests":
-        found += [f"{path}:{line}: {x} belongs in {SHARDING}" for line, x in sorted(mentions(tree, path)) if x in NAMES]
+    if folder != "tests":
+        named = [(line, x, NAMES[x]) for line, x in sorted(mentions(tree, path)) if x in NAMES]
+        found += [f"{path}:{line}: {x} belongs in {home}" for line, x, home in named if path != home]
     return found
 
 
@@ -148,7 +155,8 @@ def test_a_planted_violation_is_caught(path, source, message):
         ("fpn_jax/ops/nms.py", "import jax.numpy as jnp\nfrom fpn_jax.ops import boxes\nfrom .boxes import iou"),
         ("fpn_jax/data/datasets.py", "import tensorflow_datasets as tfds\nfrom fpn_jax.errors import UserError"),
         ("fpn_jax/data/pipeline.py", "import grain\nfrom fpn_jax.data import decode"),
-        ("fpn_jax/training/sharding.py", "import jax\nfrom jax.sharding import Mesh\njax.distributed.initialize()"),
+        ("fpn_jax/training/sharding.py", "import jax\nfrom jax.sharding import Mesh"),
+        ("fpn_jax/training/processes.py", "import jax\njax.distributed.initialize()"),
         ("fpn_jax/train.py", "from fpn_jax import training, cli, evaluation\nmesh = training.sharding.make_mesh()"),
         ("experiments/demo.py", "import ml_collections\nfrom experiments.base import get_config"),
         ("tests/test_a.py", "from jax.sharding import Mesh\nimport pycocotools, orbax.checkpoint"),

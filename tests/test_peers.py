@@ -10,7 +10,7 @@ import pytest
 from launching import finish, rows, start, wait_until
 
 from fpn_jax.errors import ProcessLost, UserError
-from fpn_jax.training import peers, roll_call, sharding
+from fpn_jax.training import peers, processes, roll_call
 
 # To its peers like a training run, steps with a collective in each, but starts in seconds; does as told at step 20.
 PROGRAM = """
@@ -18,13 +18,13 @@ import sys, time
 from pathlib import Path
 from fpn_jax import cli
 from fpn_jax.errors import UserError
-from fpn_jax.training import peers, sharding
+from fpn_jax.training import peers, processes, sharding
 from absl import flags
 workdir = cli.flag("workdir", str, None, "")
 act = {name: cli.flag(name, bool, False, "") for name in ("hang", "fail", "break")}
 dead_after, stall_after = cli.flag("dead_after", float, 2.0, ""), cli.flag("stall_after", float, 60.0, "")
 def main(argv):
-    sharding.start_processes(30, dead_after.value)
+    processes.start_processes(30, dead_after.value)
     with peers.watched(dead_after.value, stall_after.value):
         for step in range(1, 10**6):
             peers.at("training", step)
@@ -102,7 +102,7 @@ def test_a_bug_keeps_its_traceback(tmp_path):
     assert "Traceback" in finish([running[1]], 1, 30)[0]
 
 
-JOIN = "import sys; from fpn_jax.training import sharding; sharding.start_processes(join_within=2)"
+JOIN = "import sys; from fpn_jax.training import processes; processes.start_processes(join_within=2)"
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -164,7 +164,7 @@ def agree_on(monkeypatch, all_facts, within=5.0):
     """What each of several processes gets from agreeing: None or the exception."""
     values, results = {}, {}
     local = threading.local()
-    monkeypatch.setattr(sharding, "key_values", lambda: Store(values, local.rank, 3))
+    monkeypatch.setattr(processes, "key_values", lambda: Store(values, local.rank, 3))
     monkeypatch.setattr(roll_call, "_calls", iter([0] * 9))
 
     def run(rank):

@@ -204,7 +204,7 @@ def test_what_the_user_writes_cannot_break_the_page():
 def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path):
     page.write([Heading(1, "old")], tmp_path / "out")
     (tmp_path / "out" / "plots").write_text("in the way")
-    with pytest.raises(UserError, match=r"plots.*another --output"):
+    with pytest.raises(UserError, match=r"plots.*another folder"):
         page.write([Heading(1, "new"), Picture("p", "p", b"png")], tmp_path / "out")
     assert "old" in (tmp_path / "out" / "report.md").read_text()
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["plots", "report.html", "report.md"]

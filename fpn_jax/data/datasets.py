@@ -21,6 +21,7 @@ import tensorflow_datasets as tfds
 from fpn_jax.data.decode import decode
 from fpn_jax.data.records import clip_xywh
 from fpn_jax.errors import UserError
+from fpn_jax.storage import mirror, paths
 
 _DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)  # what np.load makes of a spoiled file
 _FORMAT = "array_record"  # the one of tfds' formats with random access that needs no other package
@@ -140,13 +141,16 @@ def _some(items: list[str], most: int = 5) -> str:
     return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
-def open_split(data_dir: str | os.PathLike, dataset: str, split: str) -> Split:
+def open_split(data_dir: str | os.PathLike, dataset: str, split: str, cache_dir: str = "") -> Split:
     """Open a split, e.g. ("data", "coco/2017", "validation"); a first opening of a foreign data set takes a pass.
+
+    Of a data_dir on gs:// the split's files are copied to this machine first, once, below `cache_dir` (see
+    `fpn_jax.storage.mirror`): in a shuffled epoch every image would else be waited for, a request each.
 
     Any data set that tfds prepared in its array_record format will do if it has `image` and `objects` with `bbox` and
     `label`. Raises a `UserError` that names what there is if the data set or the split does not exist.
     """
-    builder = _open(data_dir, dataset)
+    builder = _open(data_dir, dataset, split, cache_dir)
     if split not in builder.info.splits:
         raise UserError(
             f"{builder.data_dir}: no split {split!r} in data set {dataset}; it has {', '.join(builder.info.splits)}"
@@ -168,7 +172,7 @@ def list_splits(data_dir: str | os.PathLike, dataset: str) -> list[str]:
 
 def list_datasets(data_dir: str | os.PathLike) -> list[str]:
     """Names of the data sets below a folder, e.g. ["coco/2017", "scenes"]."""
-    root = Path(data_dir)
+    root = paths.path(data_dir)
     found = {
         file.parent.parent.relative_to(root).as_posix()
         for pattern in ("*/*/dataset_info.json", "*/*/*/dataset_info.json")
@@ -178,9 +182,9 @@ def list_datasets(data_dir: str | os.PathLike) -> list[str]:
     return sorted(found)
 
 
-def _open(data_dir: str | os.PathLike, dataset: str) -> tfds.core.DatasetBuilder:
-    """The read-only builder of a data set's newest version."""
-    folder = Path(data_dir) / dataset
+def _open(data_dir: str | os.PathLike, dataset: str, split: str = "", cache_dir: str = "") -> tfds.core.DatasetBuilder:
+    """The read-only builder of a data set's newest version; of a remote one, with the records of `split` alone."""
+    folder = paths.path(data_dir) / dataset
     versions = [f for f in folder.glob("*") if _VERSION.fullmatch(f.name) and (f / "dataset_info.json").exists()]
     if not versions:
         there = list_datasets(data_dir)
@@ -191,10 +195,18 @@ def _open(data_dir: str | os.PathLike, dataset: str) -> tfds.core.DatasetBuilder
         )
     # tfds' own coco/2017 may lie beside ours: what cannot be read here gives way to what can.
     newest = max(versions, key=lambda f: (_stored_format(f) == _FORMAT, [int(part) for part in f.name.split(".")]))
+    if paths.is_remote(newest):
+        newest = mirror.mirror(newest, lambda name: _belongs(name, split), cache_dir)
     return tfds.builder_from_directory(newest)
 
 
-def _stored_format(folder: Path) -> str:
+def _belongs(name: str, split: str) -> bool:
+    """Whether a file of a prepared data set is needed to read the split: its records, its index, what tells of all."""
+    is_records, is_index = "-of-" in name, name.startswith("index-")
+    return f"-{split}." in name if is_records or is_index else name.endswith((".json", ".txt"))
+
+
+def _stored_format(folder: Any) -> str:
     """The records' format, tfrecord in data sets so old that they do not tell."""
     try:
         return json.loads((folder / "dataset_info.json").read_text()).get("fileFormat", "tfrecord")

@@ -8,6 +8,8 @@ from pathlib import Path
 from fpn_jax.data import coco, coco_files, records, scenes
 from fpn_jax.data.datasets import list_splits, open_split
 from fpn_jax.data.records import Counts
+from fpn_jax.errors import UserError
+from fpn_jax.storage import paths
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,11 @@ def prepare(
     `coco/2017` is fetched from `coco_url` to `download_dir` (by default downloads/ below data_dir). Raises a
     `UserError` for every fault of the source; then nothing that could be taken for the data set is left behind.
     """
+    if paths.is_remote(data_dir):
+        raise UserError(
+            f"--data_dir={data_dir}: data is prepared on this machine; prepare it into a folder, then: "
+            f"gcloud storage cp -r FOLDER/* {str(data_dir).rstrip('/')}/"
+        )
     root = Path(data_dir)
     if source == scenes.NAME:
         dataset = name or scenes.NAME

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from fpn_jax.errors import UserError
+from fpn_jax.storage import paths
 
 READABLE = (".npz", ".json")
 _VERSION = 1  # of our compact file
@@ -160,7 +161,7 @@ def write(
     the order. Raises `UserError` for another suffix and if the file cannot be written, `ValueError` for sizes that are
     missing or not positive.
     """
-    path = Path(path)
+    path = paths.path(path)
     if path.suffix != ".npz":
         raise UserError(f"{path}: proposals are written as .npz; choose this suffix")
     sizes = _sizes(table, image_sizes)
@@ -176,18 +177,8 @@ def write(
         "boxes": boxes,
         "scores": np.clip(table.scores, -_MOST_SCORE, _MOST_SCORE).astype(np.float16),
     }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            np.savez(file, fpn_jax_proposals=np.int32(_VERSION), **arrays)
-        os.replace(temporary, path)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"{path}: cannot be written ({reason}); free some space or choose another folder") from None
-    finally:
-        if path.parent.is_dir():
-            temporary.unlink(missing_ok=True)
+    version = np.int32(_VERSION)
+    paths.write_atomically(path, lambda file: np.savez(file, fpn_jax_proposals=version, **arrays), binary=True)
 
 
 def _sizes(table: ProposalTable, image_sizes: Mapping[int, tuple[int, int]] | np.ndarray) -> np.ndarray:

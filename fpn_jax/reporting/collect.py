@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fpn_jax.errors import UserError
+from fpn_jax.storage import paths
 
 Values = dict[int, float]  # {seed: number}
 Octave = tuple[float, float | None]  # from .. to pixels of sqrt(area); None: the open end
@@ -135,7 +136,7 @@ def read_sweep(folder: str | Path, baseline: str | None = None) -> Sweep:
 
     Raises `UserError` if there is no plan, no finished run, no such baseline, or a file that is not what it should be.
     """
-    folder = Path(folder)
+    folder = paths.path(folder)
     path = folder / "plan.json"
     if not path.is_file():
         raise UserError(f"{folder} has no plan.json; give the folder of a sweep, which python -m fpn_jax.sweep makes")
@@ -154,7 +155,7 @@ def read_sweep(folder: str | Path, baseline: str | None = None) -> Sweep:
     return sweep
 
 
-def _sweep(folder: Path, plan: dict[str, Any], baseline: str | None) -> Sweep:
+def _sweep(folder: Any, plan: dict[str, Any], baseline: str | None) -> Sweep:
     seeds = tuple(int(seed) for seed in plan["seeds"])
     rows = tuple(
         Row(
@@ -185,7 +186,7 @@ def _sweep(folder: Path, plan: dict[str, Any], baseline: str | None) -> Sweep:
     )
 
 
-def _run(workdir: Path, seed: int, split: str) -> Run:
+def _run(workdir: Any, seed: int, split: str) -> Run:
     scores, analysis = workdir / "metrics.json", workdir / "eval" / split / "analysis.json"
     finished = scores.is_file()
     curves, last_step = _read_curves(workdir / "metrics.jsonl")
@@ -215,7 +216,7 @@ def _shares(counted: dict[str, Any], what: str) -> dict[int, float]:
     return {level: 100.0 * n / total for level, n in zip(counted["levels"], counts, strict=True)} if total else {}
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def _read_object(path: Any) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
@@ -225,7 +226,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _read_curves(path: Path) -> tuple[dict[str, dict[int, float]], int]:
+def _read_curves(path: Any) -> tuple[dict[str, dict[int, float]], int]:
     """({metric: {step: percent}}, last step or 0). A last line without its end is still being written: left out."""
     if not path.is_file():
         return {}, 0

@@ -2,15 +2,14 @@
 
 import base64
 import html
-import os
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from fpn_jax.errors import UserError
 from fpn_jax.reporting.tables import Table, inline_html, markdown, plain, table_html, table_markdown, table_text
+from fpn_jax.storage import paths
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1d1d1f; background: #fff; max-width: 1020px; margin: 2em auto;
@@ -130,7 +129,7 @@ def write(blocks: Sequence[Block], output: str | Path) -> list[Path]:
     report.html and plots/. Everything is made before the first file is replaced, and each is replaced as a whole.
     Raises `UserError` if one cannot be written.
     """
-    output = Path(output)
+    output = paths.path(output)
     single = output.suffix == ".md"
     path = output if single else output / "report.md"
     pictures = [block for block in blocks if isinstance(block, Picture)]
@@ -139,18 +138,5 @@ def write(blocks: Sequence[Block], output: str | Path) -> list[Path]:
     if not single:
         pages[path.with_suffix(".html")] = to_html(blocks).encode()
     for target, data in (files | pages).items():  # the pictures first: no page ever shows one that is not there
-        _write_atomically(target, data)
+        paths.write_atomically(target, lambda file, data=data: file.write(data), binary=True)
     return list(pages)
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; free some space or choose another --output") from None
-    finally:
-        if path.parent.is_dir():
-            temporary.unlink(missing_ok=True)

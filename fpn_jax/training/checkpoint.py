@@ -5,6 +5,8 @@ WORKDIR/best/<step>/          weights alone, of the best evaluation so far
 WORKDIR/initial/0/            weights alone, put there by `fpn_jax.convert`: what training starts from; never removed
 WORKDIR/config.json           the config of the run
 WORKDIR/lock                  held while a process trains here
+
+WORKDIR may be on gs://: there orbax marks a folder as whole where it renames it on this machine.
 """
 
 import fcntl
@@ -18,6 +20,8 @@ import ml_collections
 import orbax.checkpoint as ocp
 
 from fpn_jax.errors import UserError
+from fpn_jax.storage import paths
+from fpn_jax.storage.claim import RemoteClaim, check_held
 from fpn_jax.types import TrainState
 
 _WEIGHTS = ("step", "params", "batch_stats", "ema_params")
@@ -164,6 +168,7 @@ class Checkpoints:
     def _guarded(self, manager: ocp.CheckpointManager, action: Any) -> None:
         """Run a save; a failure to write, also of the save before, is a `UserError` naming the last good step."""
         try:
+            check_held(self.workdir)
             manager.wait_until_finished()
             action()
         except (OSError, ValueError, RuntimeError) as error:
@@ -194,14 +199,14 @@ class Checkpoints:
             )
 
 
-def claim_workdir(workdir: str) -> IO[str]:
+def claim_workdir(workdir: str) -> IO[str] | RemoteClaim:
     """Lock the workdir for training. Keep the result: the lock lasts as long as it does.
 
-    The lock goes with the process, however that ends, so a killed run leaves no stale one.
-    Raises `UserError` if another process trains there, or if it is no folder of this machine.
+    On this machine the lock goes with the process, however that ends, so a killed run leaves no stale one. On gs:// see
+    `fpn_jax.storage.claim`. Raises `UserError` if another process trains there.
     """
-    if "://" in workdir:
-        raise UserError(f"--workdir={workdir}: only folders of this machine so far; give a path without ://")
+    if paths.is_remote(workdir):
+        return RemoteClaim(workdir)
     folder = Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / "lock", "a+")  # noqa: SIM115 - the caller keeps it open
@@ -222,14 +227,13 @@ def claim_workdir(workdir: str) -> IO[str]:
 
 def write_config(workdir: str, config: ml_collections.ConfigDict) -> None:
     """Keep the config in WORKDIR/config.json; only once it is known to fit the weights that are there."""
-    temporary = Path(workdir) / "config.json.tmp"
-    temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-    temporary.replace(Path(workdir) / "config.json")
+    text = json.dumps(config.to_dict(), indent=2) + "\n"
+    paths.write_atomically(paths.path(workdir) / "config.json", lambda file: file.write(text))
 
 
 def read_config(workdir: str) -> ml_collections.ConfigDict:
     """The config that `write_config` wrote, locked. Raises `UserError` if there is none."""
-    path = Path(workdir) / "config.json"
+    path = paths.path(workdir) / "config.json"
     if not path.exists():
         raise UserError(f"--workdir={workdir}: there is no config.json; train there first, or give another folder")
     try:
@@ -243,7 +247,7 @@ def _manager(workdir: str, name: str, keep: int, writes: bool) -> ocp.Checkpoint
     # Without its handlers a manager that has not saved yet cannot tell the shapes of what another has saved.
     arrays = {item: ocp.StandardCheckpointHandler() for item in ("weights", "optimizer")}
     values = {item: ocp.JsonCheckpointHandler() for item in ("data", "metrics")}
-    return ocp.CheckpointManager(Path(workdir).absolute() / name, options=options, item_handlers=arrays | values)
+    return ocp.CheckpointManager(paths.absolute(workdir) / name, options=options, item_handlers=arrays | values)
 
 
 def _weights(state: TrainState) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
 from fpn_jax.errors import UserError
+from fpn_jax.storage import paths
+from fpn_jax.storage.spool import Spool
 
 _WINDOW = 50  # steps that the rate is measured over
 _PLAIN_SECONDS = 30.0  # between two lines of progress where stderr is no terminal
@@ -33,6 +35,9 @@ class MetricLog:
     that no step is there twice; with evaluates_again also the line of that step's evaluation. With enabled=False
     (processes other than 0) nothing is written or shown, but the values still come back, as every process must stop at
     a loss that is not finite. Methods raise `UserError` where a file cannot be written.
+
+    Of a workdir on gs:// the files grow in a `Spool`. `flush` and `write_now` wait until they are there: else a run
+    that is killed after a checkpoint would lack the lines of the steps before it.
     """
 
     def __init__(
@@ -49,7 +54,11 @@ class MetricLog:
         self._progress = _Progress(total_steps, first_step, stream or sys.stderr) if enabled else None
         self._jsonl: TextIO | None = None
         self._events: EventsWriter | None = None
-        self._path = Path(workdir) / "metrics.jsonl"
+        self._spool: Spool | None = None
+        if enabled and paths.is_remote(workdir):
+            self._spool = Spool(os.fspath(workdir))
+            self._spool.fetch("metrics.jsonl")
+        self._path = (self._spool.folder if self._spool else Path(workdir)) / "metrics.jsonl"
         if not enabled:
             return
         with _Writing(self._path):
@@ -80,13 +89,18 @@ class MetricLog:
         with _Writing(self._path):
             if self._events:
                 self._events.flush()
-        if self._progress:
-            self._progress.pause()
+        self._settle()
         return written
 
     def write_now(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Write metrics at once, those of an evaluation for instance; None (no meaning) becomes null."""
         self._record(step, {name: None if v is None else _scalar(v) for name, v in metrics.items()})
+        self._settle()
+
+    def _settle(self) -> None:
+        """Where steps pause: what is written is where it shall stay."""
+        if self._spool:
+            self._spool.copy()
         if self._progress:
             self._progress.pause()
 
@@ -101,6 +115,7 @@ class MetricLog:
             self._write_pending()
         finally:
             jsonl, events, progress = self._jsonl, self._events, self._progress
+            spool, self._spool = self._spool, None
             self._jsonl = self._events = self._progress = None
             if progress:
                 progress.close()
@@ -111,6 +126,8 @@ class MetricLog:
                 finally:
                     if events:
                         events.close()
+                    if spool:
+                        spool.close()
 
     def __enter__(self) -> "MetricLog":
         return self
@@ -240,6 +257,13 @@ class _Progress:
         elif now - self._printed > _PLAIN_SECONDS or step == self._total:
             self._printed = now
             self.message("  ".join([f"step {step}/{self._total}", *parts]))
+
+    def _settle(self) -> None:
+        """Where steps pause: what is written is where it shall stay."""
+        if self._spool:
+            self._spool.copy()
+        if self._progress:
+            self._progress.pause()
 
     def message(self, text: str) -> None:
         if self._bar is not None:

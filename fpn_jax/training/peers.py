@@ -23,8 +23,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 
 from fpn_jax.errors import ProcessLost, Stopped, explain
-from fpn_jax.training import sharding
-from fpn_jax.training.sharding import KeyValues
+from fpn_jax.training import processes
+from fpn_jax.training.processes import KeyValues
 
 _FOLDER = "fpn_jax/beats"
 _AGAIN = "the same command, started anew on all, continues from the last checkpoint"
@@ -68,7 +68,7 @@ def watched(dead_after: float, stall_after: float) -> Iterator[None]:
     if _watch is not None:
         yield
         return
-    _watch = _Watch(sharding.key_values(), dead_after, stall_after)
+    _watch = _Watch(processes.key_values(), dead_after, stall_after)
     _watch.start()
     try:
         yield

@@ -14,7 +14,7 @@ from typing import Any
 
 import fpn_jax
 from fpn_jax.errors import ProcessLost, UserError
-from fpn_jax.training import sharding
+from fpn_jax.training import processes, sharding
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _calls, _announcements = itertools.count(), itertools.count()
@@ -27,7 +27,7 @@ def agree(what: str, facts: Mapping[str, Any], within: float) -> None:
     their `str`. Raises the same `UserError` on all processes where a fact differs, naming ranks and values, and
     `ProcessLost` naming the ranks that have not called it `within` seconds. Every process must call this equally often.
     """
-    call, store = next(_calls), sharding.key_values()
+    call, store = next(_calls), processes.key_values()
     if store is None:
         return
     folder, limit = f"fpn_jax/facts/{call}", time.monotonic() + within
