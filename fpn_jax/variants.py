@@ -59,7 +59,10 @@ def _resolved(config: ml_collections.ConfigDict, where: str, runs: Mapping[str, 
 
 
 # What may differ between two starts of a run without changing what comes out.
-_HARMLESS = ("data.data_dir", "data.num_threads", "data.num_workers", "pictures", "checkpoint_every", "stages")
+_HARMLESS = (
+    *("data.data_dir", "data.num_threads", "data.num_workers", "pictures", "checkpoint_every", "stages"),
+    *("mesh.data", "mesh.fsdp", "mesh.space", "mesh.shard_params", "model.backbone.remat"),
+)
 
 
 def check_unchanged(config: ml_collections.ConfigDict, workdir: str, but: Collection[str] = ()) -> None:
