@@ -100,15 +100,17 @@ def main(argv: Sequence[str]) -> None:
     cli.check_required(config=_CONFIG.value)
     config = _CONFIG.value
     common.set_up_jax()
-    mesh = sharding.make_mesh()
+    mesh_options = common.mesh_options(config)
+    mesh, over = sharding.make_mesh(options=mesh_options), mesh_options.shard_params
     sharding.check_batch_size(mesh, config.batch_size, "batch_size")
     height, width = common.pipeline_options(config).buckets[0]
     detector = common.make_detector(config, common.Classes([str(i) for i in range(_CLASSES.value)], []))
     variables = init_variables(detector, (height, width), config.seed)
     schedule = make_schedule(config.optim, config.batch_size, config.num_steps)
     optimizer = make_optimizer(config.optim, schedule, variables["params"], detector.frozen)
-    state = sharding.put_replicated(mesh, make_state(variables, optimizer, config.ema_decay))
-    step = make_train_step(detector, optimizer, schedule, config.seed, config.accumulate, config.ema_decay, mesh)
+    state = sharding.put_state(mesh, make_state(variables, optimizer, config.ema_decay), over)
+    how = config.seed, config.accumulate, config.ema_decay, mesh, over
+    step = make_train_step(detector, optimizer, schedule, *how)
     batches = [
         sharding.put_batch(mesh, random_batch(config.batch_size, height, width, _CLASSES.value, seed))
         for seed in range(4)

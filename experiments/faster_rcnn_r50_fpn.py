@@ -32,6 +32,12 @@ def get_config() -> ml_collections.ConfigDict:
     config.stall_after = 1800.0  # seconds without a step or a batch that end a job, or warn if it is one process
     config.ema_decay = 0.0  # of averaged weights, which are then the ones evaluated; 0: none
 
+    config.mesh = mesh = ml_collections.ConfigDict()  # of all devices of all processes, see training/sharding.py
+    mesh.data = 0  # devices that the batch is split over; 0: all that the others leave
+    mesh.fsdp = 1  # a second axis that it is split over
+    mesh.space = 1  # devices, of one process, that share the rows of an image; heights of buckets divide by 32 * space
+    mesh.shard_params = ""  # "data" or "fsdp": parameters, averages and optimizer state are split over it
+
     config.data = data = ml_collections.ConfigDict()
     data.data_dir = "data"  # or gs://BUCKET/FOLDER
     data.cache_dir = ""  # where data of gs:// is copied to; "": ~/.cache/fpn_jax/data
@@ -74,6 +80,7 @@ def get_config() -> ml_collections.ConfigDict:
             "norm_eps": 1e-5,
             "stride_in_1x1": False,
             "frozen_stages": 2,
+            "remat": (),  # stages, of 2 to 5, whose activations are computed again in the backward pass: less memory
         }
     )
     model.image_pyramid = ml_collections.ConfigDict(

@@ -72,10 +72,22 @@ def together(config: ml_collections.ConfigDict, workdir: str) -> Iterator[None]:
         yield
 
 
+def mesh_options(config: ml_collections.ConfigDict) -> sharding.MeshOptions:
+    """`config.mesh` as options of the mesh; the defaults for what a workdir of before there was a choice lacks."""
+    values = dict(config.get("mesh", {}))
+    known = [field.name for field in dataclasses.fields(sharding.MeshOptions)]
+    for name in values:
+        if name not in known:
+            raise UserError(f"mesh.{name}: the mesh has no such axis; choose some of {', '.join(known)}")
+    return sharding.MeshOptions(**values)
+
+
 def pipeline_options(config: ml_collections.ConfigDict) -> PipelineOptions:
     """`config.data` as options of the input pipeline. Raises `UserError` for sides the network cannot take."""
     data = config.data
-    buckets = tuple(tuple(b) for b in data.buckets) or default_buckets(data.shorter, data.longest, STRIDE)
+    # Devices that share an image get whole rows of C5, as many each.
+    unit = STRIDE * max(1, mesh_options(config).space)
+    buckets = tuple(tuple(b) for b in data.buckets) or default_buckets(data.shorter, data.longest, unit)
     for bucket in buckets:
         if len(bucket) != 2 or any(side % STRIDE for side in bucket):
             raise UserError(f"data.buckets: {bucket} is not a (height, width) of multiples of {STRIDE}")
@@ -191,7 +203,8 @@ def load_weights(
     )
 
 
-def abstract_variables(detector: Detector, image_size: tuple[int, int], sharding: Any) -> dict[str, Any]:
-    """Shapes of the variables, without computing them, to restore a checkpoint into."""
+def abstract_variables(detector: Detector, image_size: tuple[int, int], mesh: Any, over: str = "") -> dict[str, Any]:
+    """Shapes and `sharding.layout` of the variables, without computing them, to restore a checkpoint into."""
     shapes = jax.eval_shape(lambda: init_variables(detector, image_size, 0))
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+    places = sharding.layout(mesh, shapes, over)
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)

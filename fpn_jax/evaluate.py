@@ -55,7 +55,8 @@ def _evaluate(
     proposals: str | None,
 ) -> dict[str, Any]:
     common.set_up_jax()
-    mesh = sharding.make_mesh()
+    mesh_options = sharding.fitting(common.mesh_options(config))
+    mesh = sharding.make_mesh(options=mesh_options)
     sharding.check_batch_size(mesh, config.eval_batch_size, "eval_batch_size")
     classes = common.Classes.read(workdir)
     split = common.open_data(config, split_name)
@@ -63,8 +64,9 @@ def _evaluate(
     options = common.pipeline_options(config)
     if tight:
         options = common.pad_tightly(options, split.image_sizes)
+    sharding.check_buckets(mesh, options.buckets, common.STRIDE)
     detector = common.make_detector(config, classes)
-    like = common.abstract_variables(detector, options.buckets[0], sharding.replicated(mesh))
+    like = common.abstract_variables(detector, options.buckets[0], mesh, mesh_options.shard_params)
     with checkpoint.Checkpoints(workdir) as checkpoints:
         variables, step = checkpoints.restore_weights(like, which)
     regions = None

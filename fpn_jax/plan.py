@@ -22,6 +22,7 @@ from fpn_jax.planning import page
 from fpn_jax.planning.chips import Slice, parse_slice
 from fpn_jax.planning.scaling import usual_slices, weak_scaling
 from fpn_jax.planning.step import DoesNotFitError, StepPlan, largest_batch, plan_step, slice_devices
+from fpn_jax.training import sharding
 from fpn_jax.training.optim import peak_rate
 
 _CONFIG = cli.config_flag()
@@ -51,7 +52,10 @@ def devices_of(topology: str) -> tuple[list[Any], Slice | None]:
 def plan(config: ml_collections.ConfigDict, topology: str, bucket: tuple[int, int], largest: bool) -> dict[str, Any]:
     """Print the plan of the step of this bucket and return it, fit for JSON."""
     devices, slice_ = devices_of(topology)
-    shape = _CLASSES.value, _OBJECTS.value, bucket, devices
+    options = common.mesh_options(config)
+    mesh = sharding.make_mesh(devices, options)
+    sharding.check_buckets(mesh, [bucket], common.STRIDE)
+    shape = _CLASSES.value, _OBJECTS.value, bucket, mesh, options.shard_params
     try:
         step = plan_step(config, *shape)
     except DoesNotFitError as error:
@@ -73,7 +77,8 @@ def plan(config: ml_collections.ConfigDict, topology: str, bucket: tuple[int, in
 
 def _largest(config: ml_collections.ConfigDict, known: StepPlan | None, *shape: Any) -> int:
     """The most images of a step that fit; 0 if one a device is too many."""
-    n = len(shape[-1])
+    mesh = shape[3]
+    n = mesh.size // mesh.shape["space"]  # devices, or groups of them that share images
 
     def fits(images: int) -> bool:
         tried = ml_collections.ConfigDict(config)
@@ -98,6 +103,8 @@ def _advice(config: ml_collections.ConfigDict, error: DoesNotFitError) -> str:
     changes = []
     if config.model.dtype == "float32":
         changes.append("--config.model.dtype=bfloat16")
+    if config.model.backbone.name == "resnet" and not config.model.backbone.remat:
+        changes.append("--config.model.backbone.remat='(3, 4, 5)' (stages computed again in the backward pass)")
     changes.append(f"--config.accumulate={2 * config.accumulate} (the same batch in pieces)")
     changes.append("a smaller --batch_size (--largest seeks it), or a smaller config.data.longest")
     return f"{error}, {error.needed / error.limit - 1:.0%} too much; try {', '.join(changes)}"

@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> None:
         )
     if detector.class_agnostic:
         classes = common.Classes(["object"], [1])
-    like = common.abstract_variables(detector, options.buckets[0], sharding.replicated(mesh))
+    like = common.abstract_variables(detector, options.buckets[0], mesh)
     with checkpoint.Checkpoints(_WORKDIR.value) as checkpoints:
         variables, _ = checkpoints.restore_weights(like, _CHECKPOINT.value)
     detect = make_detect(detector)

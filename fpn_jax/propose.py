@@ -40,11 +40,13 @@ def propose(workdir: str, split: Split, path: Any, most: int, which: str = "best
         raise UserError(f"{workdir} is no RPN but a {kind}: give the workdir of model.detector=rpn")
     config.model.rpn.pre_nms_test = max(config.model.rpn.pre_nms_test, most)
     config.model.rpn.post_nms_test = most
-    mesh = sharding.make_mesh()
+    mesh_options = sharding.fitting(common.mesh_options(config))
+    mesh = sharding.make_mesh(options=mesh_options)
     sharding.check_batch_size(mesh, config.eval_batch_size, f"eval_batch_size in {workdir}/config.json")
     options = common.pipeline_options(config)
+    sharding.check_buckets(mesh, options.buckets, common.STRIDE)
     detector = common.make_detector(config, common.Classes.read(workdir))
-    like = common.abstract_variables(detector, options.buckets[0], sharding.replicated(mesh))
+    like = common.abstract_variables(detector, options.buckets[0], mesh, mesh_options.shard_params)
     with checkpoint.Checkpoints(workdir) as checkpoints:
         variables, _ = checkpoints.restore_weights(like, which)
     evaluator = Evaluator(detector, mesh, split, options, config.eval_batch_size)

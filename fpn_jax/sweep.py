@@ -75,9 +75,8 @@ def sweep(config: ml_collections.ConfigDict, workdir: str, seeds: int, only: Seq
     configs = {seed: _configs(config, rows, chosen, workdir, seed) for seed in all_seeds}
     for seed in all_seeds:  # nothing is written before all fits to what is there
         for row_config, where in configs[seed].values():
-            sharding.check_batch_size(
-                sharding.make_mesh(), row_config.batch_size // row_config.accumulate, "batch_size"
-            )
+            mesh = sharding.make_mesh(options=common.mesh_options(row_config))
+            sharding.check_batch_size(mesh, row_config.batch_size // row_config.accumulate, "batch_size")
             check_unchanged(row_config, where)
     plan = make_plan(config, rows, all_seeds)
     if first:

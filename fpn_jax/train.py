@@ -50,7 +50,8 @@ def _train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     if config.stages:
         return train_stages(config, workdir, train)
     rank, world = sharding.process()
-    mesh = sharding.make_mesh()
+    mesh_options = common.mesh_options(config)
+    mesh, over = sharding.make_mesh(options=mesh_options), mesh_options.shard_params
     sharding.check_batch_size(mesh, config.batch_size // config.accumulate, "batch_size / accumulate")
     sharding.check_batch_size(mesh, config.eval_batch_size, "eval_batch_size")
 
@@ -61,6 +62,7 @@ def _train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     roll_call.agree("devices and data", common.fingerprint(train_split, eval_split), config.join_within)
     roll_call.announce(config.batch_size, f"{train_split.name} {train_split.split}", len(train_split))
     options = common.pipeline_options(config)
+    sharding.check_buckets(mesh, options.buckets, common.STRIDE)
     detector = common.make_detector(config, classes)
     regions = _regions(config, train_split, eval_split)
     evaluator = Evaluator(detector, mesh, eval_split, options, config.eval_batch_size, regions["eval"])
@@ -70,8 +72,8 @@ def _train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
         variables, origin = _starting_weights(config, detector, options.buckets[0], mesh, checkpoints)
         schedule = make_schedule(config.optim, config.batch_size, config.num_steps)
         optimizer = make_optimizer(config.optim, schedule, variables["params"], detector.frozen)
-        state = sharding.put_replicated(mesh, make_state(variables, optimizer, config.ema_decay))
-        how = config.seed, config.accumulate, config.ema_decay, mesh
+        state = sharding.put_state(mesh, make_state(variables, optimizer, config.ema_decay), over)
+        how = config.seed, config.accumulate, config.ema_decay, mesh, over
         train_step = make_train_step(detector, optimizer, schedule, *how)
         position = _position(config, train_split)
         if found := checkpoints.restore(state):
@@ -89,7 +91,7 @@ def _train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
         again = metrics is None and _evaluates(config, first)
         log = MetricLog(workdir, config.num_steps, first, enabled=rank == 0, evaluates_again=again)
         with log, StopRequest() as stop:
-            log.message(_describe(state, mesh, train_split, options, first))
+            log.message(_describe(state, sharding.describe(mesh, over), train_split, options, first))
             for line in [*origin, *(changes if rank == 0 else [])]:
                 log.message(line)
             run = _Run(config, workdir, evaluator, checkpoints, log)
@@ -255,12 +257,12 @@ def _finished(workdir: str) -> dict[str, Any] | None:
     return json.loads(file.read_text()) if file.exists() else None
 
 
-def _describe(state: TrainState, mesh: Any, split: Split, options: PipelineOptions, first: int) -> str:
+def _describe(state: TrainState, devices: str, split: Split, options: PipelineOptions, first: int) -> str:
     count = sum(x.size for x in jax.tree.leaves(state.params))
     buckets = " ".join(f"{height}x{width}" for height, width in options.buckets)
     return (
-        f"{'continuing at' if first else 'starting from'} step {first}: {count / 1e6:.1f} M parameters, {mesh.size} "
-        f"device{'s' * (mesh.size > 1)}, {len(split)} images of {split.name} {split.split}, buckets {buckets}"
+        f"{'continuing at' if first else 'starting from'} step {first}: {count / 1e6:.1f} M parameters, {devices}, "
+        f"{len(split)} images of {split.name} {split.split}, buckets {buckets}"
     )
 
 

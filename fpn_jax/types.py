@@ -26,6 +26,15 @@ def together(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+# What tells the compiler where maps {l: [b h w c]} lie, where several devices share the rows of an image.
+SpreadMaps = Callable[[Any], Any]
+
+
+def as_they_are(maps: Any) -> Any:
+    """Nothing told; `fpn_jax.training.sharding.spread_maps` is for several devices."""
+    return maps
+
+
 @flax.struct.dataclass
 class Batch:
     """What the training step and the detector take. Images are normalised on the device, whatever their type."""

@@ -61,13 +61,9 @@ def _resolved(config: ml_collections.ConfigDict, where: str, runs: Mapping[str, 
 
 # What may differ between two starts of a run without changing what comes out.
 _HARMLESS = (
-    "data.data_dir",
-    "data.cache_dir",
-    "data.num_threads",
-    "data.num_workers",
-    "pictures",
-    "checkpoint_every",
-    "stages",
+    *("data.data_dir", "data.cache_dir", "data.num_threads", "data.num_workers", "pictures", "checkpoint_every"),
+    *("mesh.data", "mesh.fsdp", "mesh.space", "mesh.shard_params", "model.backbone.remat", "stages"),
+    *("join_within", "dead_after", "stall_after"),
 )
 
 

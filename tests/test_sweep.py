@@ -27,7 +27,7 @@ ENVIRONMENT = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  
 def base(tiny_config, scenes_dir, monkeypatch):
     """Six steps of a detector that compiles in seconds, on one device."""
     make_mesh = sharding.make_mesh
-    monkeypatch.setattr(sharding, "make_mesh", lambda: make_mesh(sharding.first_device()))
+    monkeypatch.setattr(sharding, "make_mesh", lambda **how: make_mesh(sharding.first_device(), **how))
     tiny_config.update(num_steps=6, batch_size=2, eval_batch_size=2, checkpoint_every=2, eval_every=3, pictures=1)
     tiny_config.update(ema_decay=0.0)
     tiny_config.data.update(data_dir=str(scenes_dir), max_proposals=(32, 16))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fpn_jax.models.layers import Pixels, normalize_pixels
-from fpn_jax.types import PerDevice, together
+from fpn_jax.types import PerDevice, SpreadMaps, as_they_are, together
 
 Scalars = dict[str, jax.Array]
 
@@ -25,6 +25,7 @@ class Detector(nn.Module, kw_only=True):
         frozen_parts: which of "backbone", "neck", "rpn_head" and "box_head" are not trained at all; their batch norms
             keep their statistics, too.
         per_device: what keeps the work on single images where they are; see `PerDevice`.
+        spread_maps: what keeps the rows of one image's maps on several devices; see `SpreadMaps`.
     """
 
     backbone: nn.Module
@@ -32,6 +33,7 @@ class Detector(nn.Module, kw_only=True):
     pixels: Pixels = Pixels()
     frozen_parts: tuple[str, ...] = ()
     per_device: PerDevice = together
+    spread_maps: SpreadMaps = as_they_are
     dtype: Any = jnp.float32
 
     class_agnostic: ClassVar[bool] = False  # whether it only tells where objects are
@@ -40,10 +42,10 @@ class Detector(nn.Module, kw_only=True):
         """RGB image [b h w 3], size [b 2] -> the pyramid {l: P_l}. h and w are multiples of the coarsest C's stride."""
         x = normalize_pixels(image, size, self.pixels, self.dtype)
         with jax.named_scope("backbone"):
-            bottom_up = self.backbone(x, train and "backbone" not in self.frozen_parts)
+            bottom_up = self.spread_maps(self.backbone(x, train and "backbone" not in self.frozen_parts))
             bottom_up = jax.lax.stop_gradient(bottom_up) if "backbone" in self.frozen_parts else bottom_up
         with jax.named_scope("neck"):
-            pyramid = self.neck(bottom_up, train and "neck" not in self.frozen_parts)
+            pyramid = self.spread_maps(self.neck(bottom_up, train and "neck" not in self.frozen_parts))
             both = {"backbone", "neck"} <= set(self.frozen_parts)
             return jax.lax.stop_gradient(pyramid) if both else pyramid
 

@@ -5,7 +5,6 @@ import os
 import re
 import time
 from collections import defaultdict
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -108,14 +107,16 @@ def plan_step(
     classes: int,
     objects: int,
     bucket: tuple[int, int],
-    devices: Sequence[Any],
+    mesh: Any,
+    over: str = "",
 ) -> StepPlan:
     """Compile the step of `config` for a batch of this bucket with so many classes, and objects an image at most.
+
+    over: the axis of the mesh over which the state is split, see `sharding.layout`.
 
     Raises `DoesNotFitError` where the compiler says so, `UserError` for a config that cannot be run on these devices.
     """
     detector = build_detector(config.model, classes)
-    mesh = sharding.make_mesh(list(devices))
     sharding.check_batch_size(mesh, config.batch_size // config.accumulate, "batch_size / accumulate")
     schedule = make_schedule(config.optim, config.batch_size, config.num_steps)
 
@@ -125,20 +126,21 @@ def plan_step(
         return make_state(variables, optimizer, config.ema_decay)
 
     shapes = jax.eval_shape(initial_state)
-    state = _placed(shapes, sharding.replicated(mesh))
-    batch = _placed(abstract_batch(config, detector, bucket, objects), sharding.split(mesh))
+    state = _placed(shapes, sharding.layout(mesh, shapes, over))
+    batch = _abstract_batch_on(mesh, abstract_batch(config, detector, bucket, objects))
     optimizer = make_optimizer(config.optim, schedule, shapes.params, detector.frozen)
-    step = make_train_step(detector, optimizer, schedule, config.seed, config.accumulate, config.ema_decay, mesh)
+    how = config.seed, config.accumulate, config.ema_decay, mesh, over
+    step = make_train_step(detector, optimizer, schedule, *how)
     start = time.perf_counter()
     compiled = _compile(step.lower(state, batch))
     program = Program(compiled.as_text())
     parts, not_estimated = cycles_by_part(list(program.runs()))
     return StepPlan(
-        devices=len(devices),
+        devices=mesh.size,
         images=config.batch_size,
         bucket=bucket,
         memory=_memory(compiled.memory_analysis()),
-        flops_per_image=(compiled.cost_analysis() or {}).get("flops", 0.0) * len(devices) / config.batch_size,
+        flops_per_image=(compiled.cost_analysis() or {}).get("flops", 0.0) * mesh.size / config.batch_size,
         messages=program.messages(),
         parts=parts,
         not_estimated=not_estimated,
@@ -198,8 +200,13 @@ def largest_batch(fits: Any, first: int = 1) -> int:
     return below
 
 
-def _placed(shapes: Any, place: Any) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
+def _placed(shapes: Any, places: Any) -> Any:
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
+
+
+def _abstract_batch_on(mesh: Any, batch: Batch) -> Batch:
+    fields = {name: value for name, value in vars(batch).items() if value is not None}
+    return Batch(**_placed(fields, sharding.batch_layout(mesh, fields)))
 
 
 def _compile(lowered: Any) -> Any:

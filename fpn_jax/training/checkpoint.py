@@ -22,6 +22,7 @@ import orbax.checkpoint as ocp
 from fpn_jax.errors import UserError
 from fpn_jax.storage import paths
 from fpn_jax.storage.claim import RemoteClaim, check_held
+from fpn_jax.training.sharding import replicated_beside
 from fpn_jax.types import TrainState
 
 _WEIGHTS = ("step", "params", "batch_stats", "ema_params")
@@ -112,7 +113,7 @@ class Checkpoints:
         target = _shapes(
             {
                 # Where the weights go: else it would be sought on the devices of the processes that wrote it.
-                "step": jax.ShapeDtypeStruct((), "int32", sharding=jax.tree.leaves(variables)[0].sharding),
+                "step": jax.ShapeDtypeStruct((), "int32", sharding=replicated_beside(jax.tree.leaves(variables)[0])),
                 **variables,
                 "ema_params": variables["params"] if has_average else {},
             }

@@ -23,6 +23,7 @@ def make_train_step(
     accumulate: int = 1,
     ema_decay: float = 0.0,
     mesh: Any = None,
+    shard_params: str = "",
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """step(state, batch) -> (state, metrics), jitted; the given state's memory is reused, so it must not be read again.
 
@@ -31,18 +32,23 @@ def make_train_step(
         accumulate: pieces the batch is cut into, one after another, whose gradients are averaged.
         ema_decay: of the averaged parameters; 0 for none. It warms up as (1 + step) / (10 + step).
         mesh: of the devices that the batch is split over; work on single images then stays on their device.
+        shard_params: the axis of the mesh over which the state is split, see `sharding.layout`; so are the gradients
+            and the update, while each device has all parameters to compute the losses with.
     """
     detector = _on(detector, mesh)
 
+    def place(tree: Any, over: str = shard_params) -> Any:
+        return tree if mesh is None else sharding.constrain(mesh, tree, over)
+
     def loss_fn(params, batch_stats, batch, key):
-        variables = {"params": params, "batch_stats": batch_stats}
+        variables = {"params": place(params, ""), "batch_stats": batch_stats}
         (losses, statistics), updated = detector.apply(variables, batch, key, method="losses", mutable=["batch_stats"])
         total = sum(losses.values())
         return total, ({"loss": total} | losses | statistics, updated.get("batch_stats", {}))
 
     def gradients(params, batch_stats, batch, key) -> tuple[Any, Any, Metrics]:
         grads, (metrics, batch_stats) = jax.grad(loss_fn, has_aux=True)(params, batch_stats, batch, key)
-        return grads, batch_stats, metrics
+        return place(grads), batch_stats, metrics
 
     def accumulated(params, batch_stats, batch, key) -> tuple[Any, Any, Metrics]:
         # Piece i takes every accumulate-th image, so that each piece stays spread over all devices.
@@ -71,26 +77,35 @@ def make_train_step(
             decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
             ema_params = optax.incremental_update(params, ema_params, 1 - decay)
         metrics |= {"grad_norm": optax.tree.norm(grads), "learning_rate": schedule(state.step)}
-        return TrainState(state.step + 1, params, batch_stats, opt_state, ema_params), metrics
+        # Laid out as it came, or the next step would be another program.
+        return place(TrainState(state.step + 1, params, batch_stats, opt_state, ema_params)), place(metrics, "")
 
     return jax.jit(step, donate_argnums=0)
 
 
 def _on(detector: Detector, mesh: Any) -> Detector:
-    return detector if mesh is None else detector.clone(per_device=sharding.per_device(mesh))
+    if mesh is None:
+        return detector
+    return detector.clone(per_device=sharding.per_device(mesh), spread_maps=sharding.spread_maps(mesh))
 
 
 def make_level_counts(detector: Detector, mesh: Any = None) -> Callable[[dict[str, Any], Batch], Any]:
     """counts(variables, batch) -> {part: {what: int32 [b l]}}, see `Detector`; jitted."""
-    detector = _on(detector, mesh)
-    return jax.jit(lambda variables, batch: detector.apply(variables, batch, method="level_counts"))
+    return _inference(detector, mesh, "level_counts")
 
 
 def make_detect(detector: Detector, mesh: Any = None) -> Callable[[dict[str, Any], Batch], Detections]:
     """detect(variables, batch) -> detections in pixels of the resized image, jitted."""
+    return _inference(detector, mesh, "detect")
+
+
+def _inference(detector: Detector, mesh: Any, method: str) -> Callable[[dict[str, Any], Batch], Any]:
+    """A method of the detector, jitted, whose results lie where the images do."""
+    if mesh is None:
+        return jax.jit(lambda variables, batch: detector.apply(variables, batch, method=method))
     detector = _on(detector, mesh)
 
-    def detect(variables: dict[str, Any], batch: Batch) -> Detections:
-        return detector.apply(variables, batch, method="detect")
+    def run(variables: dict[str, Any], batch: Batch) -> Any:
+        return detector.apply(sharding.constrain(mesh, variables), batch, method=method)
 
-    return jax.jit(detect)
+    return jax.jit(run, out_shardings=sharding.split(mesh))

@@ -16,6 +16,7 @@ from fpn_jax.plan import bucket_of, devices_of
 from fpn_jax.planning.chips import CHIPS, parse_slice
 from fpn_jax.planning.scaling import usual_slices, weak_scaling
 from fpn_jax.planning.step import OTHER, PARTS, abstract_batch, largest_batch, part_of, plan_step
+from fpn_jax.training import sharding
 from fpn_jax.training.state import init_variables
 
 ROOT = Path(__file__).parent.parent.parent
@@ -30,7 +31,7 @@ def run_plan(config, *arguments):
 
 
 def test_the_step_of_eight_devices(tiny_config):
-    plan = plan_step(tiny_config, classes=3, objects=4, bucket=(64, 64), devices=jax.devices())
+    plan = plan_step(tiny_config, classes=3, objects=4, bucket=(64, 64), mesh=sharding.make_mesh())
     assert (plan.devices, plan.images) == (8, 8)
     params = init_variables(build_detector(tiny_config.model, 3), (64, 64), 0)["params"]
     weights = sum(4 * x.size for x in jax.tree.leaves(params))
@@ -46,7 +47,7 @@ def test_the_step_of_eight_devices(tiny_config):
 def test_a_batch_that_does_not_divide_is_told(tiny_config):
     tiny_config.batch_size = 12
     with pytest.raises(UserError, match=r"batch_size / accumulate is 12, .* 8 devices; try 16"):
-        plan_step(tiny_config, 3, 4, (64, 64), jax.devices())
+        plan_step(tiny_config, 3, 4, (64, 64), sharding.make_mesh())
 
 
 @pytest.mark.parametrize("most", range(40))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fpn_jax.errors import UserError
+from fpn_jax.models.backbones.resnet import check_remat, recomputed
 from fpn_jax.models.layers import Conv, conv_norm
 
 
@@ -84,12 +85,14 @@ class MobileNetV3(nn.Module):
         norm: "frozen_bn", "bn" or "gn".
         frozen_stages: how many of the levels' stretches, from the stem on, are not trained: 3 freezes everything
             before level 4's own block, as torchvision does by default with pretrained weights.
+        remat: levels, of 2 to 6, whose blocks are computed again in the backward pass, as in `ResNet`.
     """
 
     levels: tuple[int, ...] = (5, 6)
     norm: str = "frozen_bn"
     norm_eps: float = 1e-5
     frozen_stages: int = 3
+    remat: tuple[int, ...] = ()
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -104,7 +107,9 @@ class MobileNetV3(nn.Module):
                 x = jax.nn.hard_swish(conv_norm(x, ("stem_conv", "stem_norm"), STEM, 3, live, stride=2, **how))
             elif layer <= len(LARGE):
                 spec, name = LARGE[layer - 1], f"block{layer:02d}"
-                x = InvertedResidual(spec, self.norm, self.norm_eps, self.dtype, name=name)(x, live)
+                level = next(level for level, last in LAYERS.items() if layer <= last)
+                block = recomputed(InvertedResidual) if level in self.remat and layer >= frozen else InvertedResidual
+                x = block(spec, self.norm, self.norm_eps, self.dtype, name=name)(x, live)
             else:
                 x = jax.nn.hard_swish(conv_norm(x, ("last_conv", "last_norm"), LAST, 1, live, **how))
             if layer == frozen - 1:
@@ -118,6 +123,7 @@ class MobileNetV3(nn.Module):
             raise UserError(f"model.backbone.levels is {self.levels}; choose some of {', '.join(map(str, LAYERS))}")
         if not 0 <= self.frozen_stages <= len(LAYERS) + 1:
             raise UserError(f"model.backbone.frozen_stages is {self.frozen_stages}; choose 0 to {len(LAYERS) + 1}")
+        check_remat(self.remat, tuple(level for level in LAYERS if 1 < level <= max(self.levels)))
         return self.levels
 
     @property

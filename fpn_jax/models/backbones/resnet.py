@@ -48,11 +48,24 @@ class Block(nn.Module):
         return nn.relu(x + y)
 
 
-def stage(net: nn.Module, x: jax.Array, level: int, blocks: int, stride: int, train: bool) -> jax.Array:
+def recomputed(block: type[nn.Module]) -> type[nn.Module]:
+    """The block, called as (x, train), whose activations are computed again in the backward pass; names stay."""
+    return nn.remat(block, static_argnums=(2,))
+
+
+def check_remat(remat: tuple[int, ...], there: tuple[int, ...]) -> None:
+    """Raise a `UserError` if a stage is to be computed again that is not there."""
+    if not set(remat) <= set(there):
+        raise UserError(f"model.backbone.remat is {remat}; choose some of the stages {', '.join(map(str, there))}")
+
+
+def stage(
+    net: nn.Module, x: jax.Array, level: int, blocks: int, stride: int, train: bool, block: type[nn.Module] = Block
+) -> jax.Array:
     """The blocks of one stage, submodules of `net`, which has `ResNet`'s attributes: x [b h w c] -> [b h' w' c']."""
     width = net.width * 2 ** (level - 2)
     for i in range(blocks):
-        x = Block(
+        x = block(
             width=width,
             inner=width * net.width_per_group // 64 * net.groups,
             groups=net.groups,
@@ -81,6 +94,8 @@ class ResNet(nn.Module):
         stride_in_1x1: where a bottleneck strides: False, the 3x3 (torchvision); True, the first 1x1 (the original).
         frozen_stages: how many of stem, stage 2, stage 3 ... are not trained. Detectors that start from ImageNet
             weights freeze 2; training from nothing needs 0.
+        remat: levels of the stages of which only the blocks' inputs are kept for the backward pass, which computes the
+            rest again (Chen et al., arXiv 1604.06174): the same results for less memory and another forward pass.
     """
 
     depth: int = 50
@@ -93,6 +108,7 @@ class ResNet(nn.Module):
     norm_eps: float = 1e-5
     stride_in_1x1: bool = False
     frozen_stages: int = 2
+    remat: tuple[int, ...] = ()
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -108,7 +124,9 @@ class ResNet(nn.Module):
         x = freeze(max_pool(nn.relu(x), 3, 2), 1)
         features = {}
         for level, blocks in zip(self.output_levels(), self.blocks or BLOCKS[self.depth], strict=False):
-            x = stage(self, x, level, blocks, 2 if level > 2 else 1, live(level))
+            # A frozen stage has no backward pass, and keeps nothing for one.
+            block = recomputed(Block) if level in self.remat and level > self.frozen_stages else Block
+            x = stage(self, x, level, blocks, 2 if level > 2 else 1, live(level), block)
             x = features[level] = freeze(x, level)
         return features
 
@@ -123,6 +141,7 @@ class ResNet(nn.Module):
         levels = tuple(range(2, 2 + len((self.blocks or BLOCKS[self.depth])[: self.last_level - 1])))
         if not 0 <= self.frozen_stages <= levels[-1]:
             raise UserError(f"model.backbone.frozen_stages is {self.frozen_stages}; choose 0 to {levels[-1]}")
+        check_remat(self.remat, levels)
         return levels
 
     @property
