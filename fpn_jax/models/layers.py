@@ -10,7 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fpn_jax.ops.winograd import conv3x3
+
 Init = nn.initializers.Initializer
+
+# Cells times channels times features from which Winograd's rule is faster than XLA's convolution on a CPU, both forward
+# and backward (benchmarks/LOG.md): P2 and P3 of an 800-pixel image at 256 channels. Below, it only compiles longer.
+_WINOGRAD_FROM = 100 * 160 * 256 * 256
 
 he_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al. 2015, eq. 14
 lecun_uniform = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")  # layers without a ReLU behind them
@@ -21,7 +27,8 @@ class Conv(nn.Module):
 
     "SAME" would put the odd zero of a strided convolution at the bottom right only, and other frameworks' weights
     would see shifted pictures. A 1x1 convolution is written as a matrix product: XLA's CPU backend computes the
-    weight gradient of that several times faster, and elsewhere it is the same operation.
+    weight gradient of that several times faster, and elsewhere it is the same operation. Large 3x3 ones are written
+    by Winograd's rule there, for the same reason.
     """
 
     features: int
@@ -40,18 +47,24 @@ class Conv(nn.Module):
         if self.kernel == 1 and self.groups == 1:
             y = x[:, :: self.stride, :: self.stride] @ kernel[0, 0]
         else:
-            pad = self.kernel // 2
-            y = jax.lax.conv_general_dilated(
-                x,
-                kernel,
-                window_strides=(self.stride, self.stride),
-                padding=((pad, pad), (pad, pad)),
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-                feature_group_count=self.groups,
-            )
+            y = self._convolve(x, kernel)
         if self.use_bias:
             y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         return y
+
+    def _convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        pad = self.kernel // 2
+        direct = functools.partial(
+            jax.lax.conv_general_dilated,
+            window_strides=(self.stride, self.stride),
+            padding=((pad, pad), (pad, pad)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=self.groups,
+        )
+        products = x.shape[1] * x.shape[2] * x.shape[3] * self.features
+        if products < _WINOGRAD_FROM or (self.kernel, self.stride, self.groups) != (3, 1, 1) or x.dtype != jnp.float32:
+            return direct(x, kernel)
+        return jax.lax.platform_dependent(x, kernel, cpu=conv3x3, default=direct)
 
 
 class FrozenBatchNorm(nn.Module):
