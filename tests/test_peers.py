@@ -201,6 +201,23 @@ def test_who_does_not_come_to_compare_is_named(monkeypatch):
     )
 
 
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (ValueError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer [127.0.0.1]:46474"), True),
+        (RuntimeError("NCCL operation ncclAllReduce failed: remote process exited or there was a network error"), True),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes"), False),
+        (UserError("the checkpoint could not be written"), False),
+        (ConnectionRefusedError("connection refused"), False),  # a download's
+    ],
+)
+def test_an_error_of_a_collective_is_told_from_others(error, lost):
+    assert peers.lost_connection(error) == lost
+    wrapped = UserError("the checkpoint could not be written")
+    wrapped.__cause__ = error
+    assert peers.lost_connection(wrapped) == lost
+
+
 def test_a_single_process_is_only_warned(capsys):
     with peers.watched(dead_after=1.2, stall_after=0.3):
         peers.at("training", 812)

@@ -63,6 +63,8 @@ def test_a_run_moves_between_numbers_of_devices_and_processes(tmp_path, tiny_exp
         errors = finish(running, 75 if stop_at else 0)
         assert f"{processes * devices} device" in errors[0]
     assert "continuing at step 8" in errors[0]
+    # The first part was stopped where an evaluation was due, which the second made up for.
+    assert [row["step"] for row in rows(tmp_path / "moved") if "eval/AP" in row] == [3, 6, 9, 12]
     assert losses(tmp_path / "moved") == pytest.approx(expected, rel=1e-3)
     moved = json.loads((tmp_path / "moved" / "metrics.json").read_text())
     assert moved["num_images"] == whole["num_images"]

@@ -22,7 +22,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 
-from fpn_jax.errors import ProcessLost, Stopped, explain
+from fpn_jax.errors import ProcessLost, Stopped, UserError, explain
 from fpn_jax.training import processes
 from fpn_jax.training.processes import KeyValues
 
@@ -87,6 +87,12 @@ def at(phase: str, step: int | None = None) -> None:
         _watch.at(phase, step)
 
 
+def lost_connection(error: BaseException) -> bool:
+    """Whether it comes of another process being gone, also where it was taken for a checkpoint that fails."""
+    cause = error.__cause__ if isinstance(error, UserError) else error
+    return isinstance(cause, RuntimeError | ValueError) and _LOST_CONNECTION.search(str(cause)) is not None
+
+
 class _Watch:
     def __init__(self, store: KeyValues | None, dead_after: float, stall_after: float):
         self._store, self._dead_after, self._stall_after = store, dead_after, stall_after
@@ -124,7 +130,7 @@ class _Watch:
         if self._store is None:
             return
         text = " ".join(str(error).split())
-        if explain(error) is None and _LOST_CONNECTION.search(text):
+        if lost_connection(error):
             self._broken = time.monotonic(), text[:200]
             threading.Event().wait()  # until the judge has found who is gone, and ends the process
         told = explain(error)

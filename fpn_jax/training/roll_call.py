@@ -31,16 +31,18 @@ def agree(what: str, facts: Mapping[str, Any], within: float) -> None:
     if store is None:
         return
     folder, limit = f"fpn_jax/facts/{call}", time.monotonic() + within
-    mine = {name: str(value) for name, value in facts.items()}
-    store.write(f"{folder}/{store.rank}", json.dumps(mine))
-    while len(all_facts := store.below(folder)) < store.world:
-        if time.monotonic() > limit:
-            missing = sorted(set(range(store.world)) - {int(rank) for rank in all_facts})
-            raise ProcessLost(
-                f"{_ranks(missing)} of {store.world} did not come to compare {what} within {within:.0f} s "
-                "(config.join_within); see what is said there, and start the same command on all"
-            )
-        time.sleep(0.1)
+    mine = json.dumps({name: str(value) for name, value in facts.items()})
+    again = "see what it says, and start the same command on all"
+    try:
+        store.write(f"{folder}/{store.rank}", mine)
+        while len(all_facts := store.below(folder)) < store.world:
+            if time.monotonic() > limit:
+                missing = _ranks(sorted(set(range(store.world)) - {int(rank) for rank in all_facts}))
+                who = f"{missing} of {store.world} did not come to compare {what}"
+                raise ProcessLost(f"{who} within {within:.0f} s (config.join_within); {again}")
+            time.sleep(0.1)
+    except OSError as error:
+        raise ProcessLost(f"rank 0 of {store.world} went away while {what} were compared; {again}") from error
     by_rank = {int(rank): json.loads(text) for rank, text in all_facts.items()}
     if differing := _differences(by_rank):
         more = f"; {len(differing) - 3} more" if len(differing) > 3 else ""

@@ -109,6 +109,18 @@ def test_a_run_that_continues_has_every_step_once(tmp_path, torn):
     assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl", "tensorboard"]
 
 
+def test_an_evaluation_that_is_done_again_is_there_once(tmp_path):
+    with MetricLog(tmp_path, 9) as log:
+        for step in (1, 2, 3):
+            log.write(step, {"loss": step})
+            log.flush()
+            log.write_now(step, {"eval/AP": 0.1 * step})
+    with MetricLog(tmp_path, 9, first_step=2, evaluates_again=True):
+        pass
+    left = [(row["step"], [name for name in row if name not in ("step", "time")]) for row in lines(tmp_path)]
+    assert left == [(1, ["loss"]), (1, ["eval/AP"]), (2, ["loss"])]
+
+
 def test_tensorboard_gets_the_same_and_hides_steps_done_twice(tmp_path):
     for first in (0, 1):
         with MetricLog(tmp_path, 3, first, stream=io.StringIO()) as log:
