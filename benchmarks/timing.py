@@ -75,7 +75,7 @@ class Running:
     def __init__(self, side: Side):
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, side), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, side))
         with _environment(side.environment):
             self._process.start()
         theirs.close()
@@ -168,11 +168,12 @@ def _serve(pipe: Any, side: Side) -> None:
         pipe.send((False, traceback.format_exc()))
         return
     answers = {"outputs": _outputs, "times": _times, "peak_memory": lambda *args: _peak(*args, libraries)}
-    for question, program, seed in iter(pipe.recv, None):
-        try:
-            pipe.send((True, answers[question](made, program, seed)))
-        except Exception:
-            pipe.send((False, traceback.format_exc()))
+    with contextlib.suppress(EOFError):  # who asks has gone
+        for question, program, seed in iter(pipe.recv, None):
+            try:
+                pipe.send((True, answers[question](made, program, seed)))
+            except Exception:
+                pipe.send((False, traceback.format_exc()))
 
 
 def _outputs(made: Made, name: str, seed: int) -> dict[str, np.ndarray]:
