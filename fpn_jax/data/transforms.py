@@ -1,6 +1,7 @@
 """Geometry of images and their boxes: resized sizes, resizing into a padded batch, flipping, buckets."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import cv2
 import numpy as np
@@ -59,7 +60,8 @@ def resize_into(canvas: np.ndarray, image: np.ndarray, size: tuple[int, int], in
     else:
         shrinks = height <= image.shape[0] and width <= image.shape[1]
         method = cv2.INTER_AREA if interpolation == "area" and shrinks else cv2.INTER_LINEAR
-        cv2.resize(image, (width, height), dst=window, interpolation=method)
+        with _intel(exact=False):
+            cv2.resize(image, (width, height), dst=window, interpolation=method)
     if flip:
         cv2.flip(window, 1, dst=window)
 
@@ -73,14 +75,28 @@ def _interpolate(window: np.ndarray, image: np.ndarray) -> None:
     dark pixel comes to several hundredths of a grey level (7e-4 normalised). Intel's library rounds otherwise.
     """
     fy, fx = (1 / float(np.float32(old) / np.float32(new)) for old, new in zip(image.shape[:2], window.shape[:2], strict=True))
-    intel = cv2.ipp.useIPP()
-    cv2.ipp.setUseIPP(False)  # in this thread
-    try:
+    with _intel(exact=True):
         resized = cv2.resize(image.astype(np.float32), None, dst=window, fx=fx, fy=fy, interpolation=cv2.INTER_LINEAR)
-    finally:
-        cv2.ipp.setUseIPP(intel)
     if resized.shape != window.shape:  # OpenCV would have made an array of its own
         raise ValueError(f"OpenCV resizes to {resized.shape[:2]} instead of {window.shape[:2]}")
+
+
+@contextlib.contextmanager
+def _intel(exact: bool) -> Iterator[None]:
+    """Whether OpenCV leaves resizing to Intel's library (IPP), where it has it, in this thread.
+
+    For uint8 it takes three quarters of the time ("area": a third), and differs from OpenCV's own by one grey level at
+    most where that rounds; both are equally near to the exact values. OpenCV calls it not exact all the same, and does
+    so only if it is told to. For float32 it does so by itself.
+    """
+    before = cv2.ipp.useIPP(), cv2.ipp.useIPP_NotExact()
+    cv2.ipp.setUseIPP(before[0] and not exact)
+    cv2.ipp.setUseIPP_NotExact(before[0] and not exact)
+    try:
+        yield
+    finally:
+        cv2.ipp.setUseIPP(before[0])
+        cv2.ipp.setUseIPP_NotExact(before[1])
 
 
 def resize_boxes(boxes: np.ndarray, old: tuple[int, int], new: tuple[int, int], flip: bool = False) -> np.ndarray:
