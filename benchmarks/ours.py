@@ -1,7 +1,11 @@
 """Our sides of the benchmarks: functions that make the programs, called in the sides' own processes."""
 
+import gzip
+import json
+import tempfile
 from collections.abc import Callable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +14,10 @@ import numpy as np
 from benchmarks import flops, inputs
 from benchmarks.parity import weights
 from benchmarks.parity.ours import LOSSES
+from benchmarks.parts import by_part
 from benchmarks.timing import Made, Program
 from experiments.faster_rcnn_r50_fpn import get_config
+from fpn_jax.common import set_up_jax
 from fpn_jax.models import build_detector
 from fpn_jax.ops.boxes import iou
 from fpn_jax.ops.matching import match
@@ -35,48 +41,99 @@ def config(changes: Mapping[str, Any], dtype: str) -> Any:
     return config
 
 
-def training(count: int, height: int, width: int, dtype: str, changes: Mapping[str, Any] | None = None) -> Made:
-    """ "step": a training step of `count` images; "losses": those of the first anchors and RoIs, in float32."""
-    of_step, exact = config(changes or {}, dtype), config(changes or {}, "float32")
-    exact.model.rpn.sampling = exact.model.box.sampling = "first"
+class Trainer(NamedTuple):
+    """A training step of the base experiment on one device."""
+
+    detector: Any
+    variables: Any
+    state: list[Any]  # of one state, which the step replaces, as it reuses its memory
+    step: Any  # jitted: (state, batch) -> (state, metrics)
+    prepare: Callable[[int], Batch]
+
+    def run(self, batch: Batch) -> Any:
+        """Take a step; its metrics."""
+        self.state[0], metrics = self.step(self.state[0], batch)
+        return jax.block_until_ready((self.state[0], metrics))[1]
+
+
+def trainer(count: int, height: int, width: int, dtype: str, changes: Mapping[str, Any] | None = None) -> Trainer:
+    """The step of `count` images, not compiled yet."""
+    of_step = config(changes or {}, dtype)
     mesh = sharding.make_mesh(sharding.first_device())
     detector, variables = _detector(of_step)
     optimizer = make_optimizer(of_step.optim, lambda step: LEARNING_RATE, variables["params"], detector.frozen)
-    # The step reuses the memory of the state it is given, which `variables` must not share.
-    state = [sharding.put_replicated(mesh, make_state(variables, optimizer, 0.0))]
+    state = sharding.put_replicated(mesh, make_state(variables, optimizer, 0.0))
     step = make_train_step(detector, optimizer, lambda step: LEARNING_RATE, seed=0, mesh=mesh)
 
     def prepare(seed: int) -> Batch:
         return jax.block_until_ready(sharding.put_batch(mesh, inputs.batch(seed, count, height, width)))
 
-    def run(batch: Batch) -> Any:
-        state[0], metrics = step(state[0], batch)
-        return jax.block_until_ready((state[0], metrics))[1]
+    return Trainer(detector, variables, [state], step, prepare)
 
-    exact_detector = build_detector(exact.model, inputs.CLASSES)
+
+def training(count: int, height: int, width: int, dtype: str, changes: Mapping[str, Any] | None = None) -> Made:
+    """ "step": a training step of `count` images; "losses": those of the first anchors and RoIs, in float32."""
+    made = trainer(count, height, width, dtype, changes)
+    exact = config(changes or {}, "float32")
+    exact.model.rpn.sampling = exact.model.box.sampling = "first"
+    detector = build_detector(exact.model, inputs.CLASSES)
 
     @jax.jit
     def losses(variables, batch):
-        (losses, _), _ = exact_detector.apply(
-            variables, batch, jax.random.key(0), method="losses", mutable=["batch_stats"]
-        )
-        return losses
+        found, _ = detector.apply(variables, batch, jax.random.key(0), method="losses", mutable=["batch_stats"])
+        return found[0]
 
     def run_losses(batch: Batch) -> Any:
         with jax.default_matmul_precision("highest"):
-            return jax.block_until_ready(losses(variables, batch))
+            return jax.block_until_ready(losses(made.variables, batch))
 
     peak, source = flops.peak_flops(jax.devices()[0])
     facts = _facts() | {
-        "tflop": flops.matmul_flops(jax.make_jaxpr(step)(state[0], prepare(0)).jaxpr) / 1e12,
+        "tflop": flops.matmul_flops(jax.make_jaxpr(made.step)(made.state[0], made.prepare(0)).jaxpr) / 1e12,
         "peak_tflop_per_s": peak / 1e12,
         "peak_from": source,
     }
     programs = {
-        "step": Program(prepare, run, lambda metrics: {"loss": metrics["loss"]}),
-        "losses": Program(prepare, run_losses, lambda found: {LOSSES[name]: x for name, x in found.items()}),
+        "step": Program(made.prepare, made.run, lambda metrics: {"loss": metrics["loss"]}),
+        "losses": Program(made.prepare, run_losses, lambda found: {LOSSES[name]: x for name, x in found.items()}),
     }
     return Made(programs, facts, _device_peak)
+
+
+def first_step(count: int, height: int, width: int, dtype: str, changes: Mapping[str, Any] | None = None) -> Made:
+    """ "step": the first time that it runs is a run's first step: traced, then compiled or found in the cache."""
+    set_up_jax()
+    made = trainer(count, height, width, dtype, changes)
+    return Made({"step": Program(made.prepare, made.run)}, _facts())
+
+
+def parts(count: int, height: int, width: int, dtype: str, changes: Mapping[str, Any] | None = None) -> Made:
+    """ "training", "inference": the seconds that each part of a step, or of detecting, takes, see `by_part`."""
+    made = trainer(count, height, width, dtype, changes)
+    step = made.step.lower(made.state[0], made.prepare(0)).compile()
+    detect = make_detect(made.detector).lower(made.variables, made.prepare(0)).compile()
+
+    def train(batch: Batch) -> None:
+        made.state[0], metrics = step(made.state[0], batch)
+        jax.block_until_ready((made.state[0], metrics))
+
+    def traced(run: Callable[[Batch], Any], hlo: str) -> Program:
+        def profile(batch: Batch) -> dict[str, float]:
+            run(batch)
+            with tempfile.TemporaryDirectory() as folder:
+                with jax.profiler.trace(folder):
+                    run(batch)
+                (file,) = Path(folder).rglob("*.trace.json.gz")
+                events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
+            return by_part(events, hlo)
+
+        return Program(made.prepare, profile, lambda seconds: {key: np.float64(x) for key, x in seconds.items()})
+
+    def infer(batch: Batch) -> None:
+        jax.block_until_ready(detect(made.variables, batch))
+
+    programs = {"training": traced(train, step.as_text()), "inference": traced(infer, detect.as_text())}
+    return Made(programs, _facts())
 
 
 def inference(count: int, height: int, width: int, dtype: str, changes: Mapping[str, Any] | None = None) -> Made:

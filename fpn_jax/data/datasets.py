@@ -58,9 +58,7 @@ class Record(Mapping):
 
     @cached_property
     def _all(self) -> Mapping[str, Any]:
-        return self._features.deserialize_example_np(
-            self._serialized, decoders={"image": tfds.decode.SkipDecoding()}
-        )
+        return self._features.deserialize_example_np(self._serialized, decoders={"image": tfds.decode.SkipDecoding()})
 
     def __getitem__(self, key: str) -> Any:
         if key != "image":

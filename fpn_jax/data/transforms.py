@@ -69,12 +69,14 @@ def resize_into(canvas: np.ndarray, image: np.ndarray, size: tuple[int, int], in
 def _interpolate(window: np.ndarray, image: np.ndarray) -> None:
     """Linear interpolation of uint8 [h w 3] into a float32 window [height width 3], as torch's CPU kernel does it.
 
-    Normalised, within 1e-6 of torchvision's, for which the samples must lie where torch puts them: at the double product
-    with a scale that was rounded to float32, itself rounded once. OpenCV takes its scale from fx and fy if it is given
-    no size, and rounds the place once, too; from the size its own scale would be exact, which between a bright and a
-    dark pixel comes to several hundredths of a grey level (7e-4 normalised). Intel's library rounds otherwise.
+    Normalised, within 1e-6 of torchvision's, for which the samples must lie where torch puts them: at the double
+    product with a scale that was rounded to float32, itself rounded once. OpenCV takes its scale from fx and fy if it
+    is given no size, and rounds the place once, too; from the size its own scale would be exact, which between a bright
+    and a dark pixel comes to several hundredths of a grey level (7e-4 normalised). Intel's library rounds otherwise.
     """
-    fy, fx = (1 / float(np.float32(old) / np.float32(new)) for old, new in zip(image.shape[:2], window.shape[:2], strict=True))
+    fy, fx = (
+        1 / float(np.float32(old) / np.float32(new)) for old, new in zip(image.shape[:2], window.shape[:2], strict=True)
+    )
     with _intel(exact=True):
         resized = cv2.resize(image.astype(np.float32), None, dst=window, fx=fx, fy=fy, interpolation=cv2.INTER_LINEAR)
     if resized.shape != window.shape:  # OpenCV would have made an array of its own
