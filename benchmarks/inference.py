@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> None:
     lines, notes = [], [] if targets else [record.HOW_TO_GET_TORCHVISION]
     for count in (1,) if sides.QUICK.value else COUNTS.get(platform, (1, 8)):
         size = {"count": count, "height": height, "width": width}
-        found = sides.measure("inference", "detect", "exact", check, size, dtype, targets, sides.repeats(10))
+        found = sides.measure("inference", "detect", "exact", check, size, dtype, targets, sides.repeats(7))
         lines, notes = lines + found.lines, notes + found.notes
     recorder.finish(platform, lines, {"device": found.facts["device"]}, sides.folder(), notes)
 

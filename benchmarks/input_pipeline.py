@@ -67,10 +67,10 @@ def measure(folder: str, kind: str, batches: int, repeats: int) -> list[dict]:
 def main(argv: Sequence[str]) -> None:
     """Entry point."""
     del argv
-    recorder, (count, batches) = record.Recorder("input_pipeline"), (16, 2) if sides.QUICK.value else (128, 16)
+    recorder, (count, batches) = record.Recorder("input_pipeline"), (16, 2) if sides.QUICK.value else (128, 32)
     with tempfile.TemporaryDirectory() as folder:
         write_pictures(Path(folder), count)
-        lines = [line for kind in OFF for line in measure(folder, kind, batches, sides.repeats(5))]
+        lines = [line for kind in OFF for line in measure(folder, kind, batches, sides.repeats(4))]
     notes = [] if lines[0]["theirs"] else [record.HOW_TO_GET_TORCHVISION]
     recorder.finish("cpu", lines, {}, sides.folder(), notes)
 

@@ -102,7 +102,6 @@ def training(count: int, height: int, width: int, dtype: str, changes: Mapping[s
 
 def first_step(count: int, height: int, width: int, dtype: str, changes: Mapping[str, Any] | None = None) -> Made:
     """ "step": the first time that it runs is a run's first step: traced, then compiled or found in the cache."""
-    set_up_jax()
     made = trainer(count, height, width, dtype, changes)
     return Made({"step": Program(made.prepare, made.run)}, _facts())
 
@@ -225,6 +224,7 @@ def operations(height: int, width: int, channels: int, sizes: Mapping[str, int])
 
 def _detector(config: Any) -> tuple[Any, Any]:
     """(detector, variables): with the weights by rule if it is the base experiment's, fresh ones if it is another."""
+    set_up_jax()  # as the commands do; what one side has compiled the next ones find
     detector = build_detector(config.model, inputs.CLASSES)
     of_base = build_detector(get_config().model, inputs.CLASSES)
     shapes, expected = (jax.eval_shape(lambda d=d: init_variables(d, (64, 64), 0)) for d in (detector, of_base))

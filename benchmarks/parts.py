@@ -156,7 +156,7 @@ def main(argv: Sequence[str]) -> None:
     with timing.started({OURS: sides.ours("parts", options)}) as running:
         facts, tables = running[OURS].facts, []
         for program in ("training", "inference"):
-            runs = [running[OURS].outputs(program, seed) for seed in range(sides.repeats(3))]
+            runs = [running[OURS].outputs(program, seed) for seed in range(sides.repeats(2))]
             tables.append(table(f"{program}, {count} x {height}x{width}, {dtype}", runs))
     notes = input_cost(sides.folder() or record.RESULTS)
     recorder.finish(platform, [], {"device": facts["device"]}, sides.folder(), notes, tables)

@@ -145,6 +145,7 @@ def _model(height: int, width: int, trained_stages: int, channels_last: bool) ->
     body = resnet_fpn_backbone(backbone_name="resnet50", weights=None, trainable_layers=trained_stages)
     model = FasterRCNN(body, inputs.CLASSES + 1)
     load(model, weights.state_dict(inputs.case()))
+    torch.backends.cudnn.benchmark = True  # every batch has the same shape
     mean, std = model.transform.image_mean, model.transform.image_std
     model.transform = GeneralizedRCNNTransform(min(height, width), max(height, width), mean, std, _skip_resize=True)
     return model.to(DEVICE, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
