@@ -11,11 +11,12 @@ DEMO := runs/demo
 TWO_DEVICES := XLA_FLAGS="$$XLA_FLAGS --xla_force_host_platform_device_count=2"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo test bench lint clean
 
 help:
 	@echo "make demo   train a small FPN Faster R-CNN on generated scenes, score it and draw what it sees"
 	@echo "make test   run all tests"
+	@echo "make bench  measure speed and memory, against torchvision if it is installed in $(VENV)"
 	@echo "make lint   check the style"
 	@echo "make clean  remove what these made, the virtual environment too"
 
@@ -34,6 +35,10 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .
 	@$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
+
+# Quarter of an hour on two cores; nothing else should run. Leaves benchmarks/results/*.json and benchmarks/RESULTS.md.
+bench: $(INSTALLED)
+	@$(BIN)/python -m benchmarks.run
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

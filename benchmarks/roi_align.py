@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import inputs
 from fpn_jax import cli
 from fpn_jax.ops.roi_align import multilevel_roi_align, roi_levels
 
@@ -30,20 +31,6 @@ WAYS = {
     "ratio 2": {"sampling_ratio": 2, "aligned": False, "eps": 1e-6},  # torchvision
     "adaptive": {"sampling_ratio": 0, "aligned": True, "eps": 0.0},  # detectron2
 }
-
-
-def random_rois(count: int, height: int, width: int, seed: int) -> np.ndarray:
-    """RoIs float32 [1 count 4] of the sizes that proposals have, cut to the image as proposals are.
-
-    The square root of the area is log-normal around 90 pixels (a third between 55 and 145), the ratio of the sides
-    around 1 (two thirds between 0.6 and 1.65). Made up, not measured: proposals spread over all levels, mostly P2.
-    """
-    rng = np.random.default_rng(seed)
-    size, ratio = np.exp(rng.normal(np.log(90), 1.0, count)), np.exp(rng.normal(0, 0.5, count))
-    sides = np.stack([size / np.sqrt(ratio), size * np.sqrt(ratio)], -1)
-    centres = rng.uniform(size=(count, 2)) * (width, height)
-    corners = np.concatenate([centres - sides / 2, centres + sides / 2], -1)
-    return np.clip(corners, 0, (width, height, width, height)).astype(np.float32)[None]
 
 
 def points_per_bin(rois: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -100,7 +87,7 @@ def main(argv: Sequence[str]) -> None:
         "image": f"{height}x{width}, {channels} channels, float32",
     }
     for count in (64, 128) if _SMALL.value else (512, 1000):
-        rois = random_rois(count, height, width, seed=count)
+        rois = inputs.rois(np.random.default_rng(count), count, height, width)[None]
         levels, points = points_per_bin(rois)
         row[f"{count} RoIs"] = of_count = {
             "per level": {f"P{level}": int((levels == level).sum()) for level in LEVELS},

@@ -77,7 +77,8 @@ def coco_metrics(ground_truth: dict[str, Any], results: Sequence[dict[str, Any]]
     evaluator = hotcoco.COCOeval(truth, truth.load_res(list(results)), "bbox")
     evaluator.evaluate()
     evaluator.accumulate()
-    precision, recall = evaluator.eval["precision"], evaluator.eval["recall"]
+    accumulated = evaluator.eval  # once: hotcoco makes the arrays anew whenever it is asked
+    precision, recall = accumulated["precision"], accumulated["recall"]
     metrics: dict[str, Any] = {
         "AP": known_mean(precision[:, :, :, 0, 2]),
         "AP50": known_mean(precision[0, :, :, 0, 2]),

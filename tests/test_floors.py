@@ -33,7 +33,8 @@ ROOMS = {
 }
 # Everything else in fpn_jax (cli, common, train, evaluate, ...) and benchmarks: the entry floor, imports anything.
 
-PEERS = ["benchmarks/parity/theirs.py", "benchmarks/parity/run.py", "tests/weights/test_live.py"]
+PEERS = [f"benchmarks/{x}.py" for x in ("theirs", "theirs_input", "parity/theirs", "parity/run")]
+PEERS += ["tests/weights/test_live.py"]
 
 # Packages that only these files may import. Tests may, too, except for what is banned there.
 PACKAGES = {
@@ -46,10 +47,10 @@ PACKAGES = {
     "grain": ["fpn_jax/data/pipeline.py"],
     "hotcoco": [f"fpn_jax/{x}.py" for x in ("evaluation", "recall", "analysis")],
     "tensorboardX": ["fpn_jax/training/logs.py"],
-    "pycocotools": [],
+    "pycocotools": ["benchmarks/evaluation.py"],
     "tensorflow": [],
     "safetensors": ["fpn_jax/weights/files.py"],
-    "PIL": ["fpn_jax/data/transforms.py"],
+    "PIL": ["fpn_jax/data/transforms.py", "benchmarks/theirs_input.py"],
     # Never required: torch's files are read with it where it is installed, and it is what we are compared with.
     "torch": ["fpn_jax/weights/files.py", *PEERS],
     "torchvision": PEERS,

@@ -133,7 +133,7 @@ def training(
             result[f"train/roi_boxes{i}"], result[f"train/roi_labels{i}"] = rois.numpy(), slots.numpy()
         return sampled
 
-    with _in_index_order():
+    with in_index_order():
         model.roi_heads.select_training_samples = watched
         try:
             losses = model([_pixels(image) for image in images], targets)
@@ -147,7 +147,8 @@ def training(
 
 
 @contextlib.contextmanager
-def _in_index_order() -> Iterator[None]:
+def in_index_order() -> Iterator[None]:
+    """Samples are the first candidates instead of random ones."""
     shuffled = torch.randperm
     torch.randperm = lambda n, **kwargs: torch.arange(n, device=kwargs.get("device"))
     try:

@@ -36,25 +36,25 @@ class TrainSchedule:
     def __init__(self, members: Sequence[np.ndarray], batch_size: int, seed: int):
         self._members = [np.asarray(rows, np.int32) for rows in members]
         self._counts = tuple(len(rows) for rows in self._members)
-        self._batch_size = batch_size
+        self.batch_size = batch_size
         self._seed = seed
         if sum(self._counts) < 1 or batch_size < 1:
             raise ValueError(f"nothing to schedule: {sum(self._counts)} images in batches of {batch_size}")
 
     def batches_before(self, epoch: int) -> int:
         """Batches complete after `epoch` epochs, i.e. the step at which epoch number `epoch` begins."""
-        return sum(epoch * count // self._batch_size for count in self._counts)
+        return sum(epoch * count // self.batch_size for count in self._counts)
 
     def epoch_of(self, step: int) -> int:
         """The epoch (from 0) whose images complete the batch of this step (from 0)."""
-        epoch = step * self._batch_size // sum(self._counts)  # never too late: the queues only hold batches back
+        epoch = step * self.batch_size // sum(self._counts)  # never too late: the queues only hold batches back
         while self.batches_before(epoch + 1) <= step:
             epoch += 1
         return epoch
 
     def batch(self, step: int) -> PlannedBatch:
         """The global batch of a step, counted from 0."""
-        epoch, size = self.epoch_of(step), self._batch_size
+        epoch, size = self.epoch_of(step), self.batch_size
         buckets, ordinals = _batches_of_epoch(self._seed, epoch, self._counts, size)
         nth = step - self.batches_before(epoch)
         bucket = int(buckets[nth])
@@ -78,7 +78,7 @@ class EvalSchedule:
             for bucket, rows in enumerate(members)
             for start in range(0, len(rows), batch_size)
         ]
-        self._batch_size = batch_size
+        self.batch_size = batch_size
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -86,9 +86,9 @@ class EvalSchedule:
     def batch(self, step: int) -> PlannedBatch:
         """The global batch of a step, counted from 0; padding rows are -1."""
         bucket, images = self._batches[step]
-        rows = np.full(self._batch_size, -1, np.int32)
+        rows = np.full(self.batch_size, -1, np.int32)
         rows[: len(images)] = images
-        return PlannedBatch(bucket, rows, np.zeros(self._batch_size, np.int64))
+        return PlannedBatch(bucket, rows, np.zeros(self.batch_size, np.int64))
 
 
 def local_rows(batch: PlannedBatch, rank: int, world: int) -> PlannedBatch:

@@ -10,13 +10,15 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from tensorflow_datasets.proto import tf_example_pb2
 
 from fpn_jax.data.decode import decode
 from fpn_jax.data.records import clip_xywh
@@ -44,6 +46,45 @@ class Index:
     area: np.ndarray  # float64 [o], pixels
     iscrowd: np.ndarray  # bool [o]
     annotation_id: np.ndarray  # int64 [o]
+
+
+class Record(Mapping):
+    """One record, in which no more is parsed than what is asked for.
+
+    The input pipeline asks for the image alone, since the objects are in the index: that takes a tenth of the time.
+    """
+
+    def __init__(self, serialized: bytes, features: tfds.features.FeaturesDict):
+        self._serialized, self._features = serialized, features
+
+    @cached_property
+    def _all(self) -> Mapping[str, Any]:
+        return self._features.deserialize_example_np(self._serialized, decoders={"image": tfds.decode.SkipDecoding()})
+
+    def __getitem__(self, key: str) -> Any:
+        if key != "image":
+            return self._all[key]
+        return tf_example_pb2.Example.FromString(self._serialized).features.feature["image"].bytes_list.value[0]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all)
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+
+class Records(Sequence):
+    """The records of a split, in random access, also after being pickled."""
+
+    def __init__(self, builder: tfds.core.DatasetBuilder, split: str):
+        self._features = builder.info.features
+        self._source = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, number: int) -> Record:
+        return Record(self._source[number], self._features)
 
 
 @dataclass(frozen=True)
@@ -156,8 +197,7 @@ def open_split(data_dir: str | os.PathLike, dataset: str, split: str, cache_dir:
             f"{builder.data_dir}: no split {split!r} in data set {dataset}; it has {', '.join(builder.info.splits)}"
         )
     class_names = _check_features(builder, dataset)
-    decoders = {"image": tfds.decode.SkipDecoding()}
-    source = builder.as_data_source(split, decoders=decoders)
+    source = Records(builder, split)
     if len(source) == 0:
         raise UserError(f"{builder.data_dir}: split {split!r} of data set {dataset} has no images; prepare it anew")
     category_ids = (builder.info.metadata or {}).get("category_ids") or list(range(1, len(class_names) + 1))

@@ -18,6 +18,7 @@ and, where proposals are given, r of them for each image, which move with it as 
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,7 @@ from fpn_jax.data.batching import (
     augmentation_rng,
     local_rows,
 )
+from fpn_jax.data.canvases import Canvases
 from fpn_jax.data.datasets import Split
 from fpn_jax.data.decode import decode
 from fpn_jax.data.proposals import ProposalTable
@@ -178,10 +180,11 @@ def image_batch(images: Sequence[np.ndarray], options: PipelineOptions) -> dict[
     bucket = int(assign_buckets(largest[None], options.buckets)[0])
     if bucket < 0:
         raise _no_bucket("the image" if len(images) == 1 else "the images together", original.max(0), largest, options)
-    batch = _empty_batch(len(images), options.buckets[bucket], options.max_objects or 8, options.pixels)
+    canvases = np.zeros((len(images), *options.buckets[bucket], 3), options.pixels)
+    batch = _empty_batch(canvases, options.max_objects or 8)
     batch["size"][:], batch["original_size"][:] = sizes, original
     batch["index"][:] = batch["image_id"][:] = np.arange(len(images))
-    for canvas, image, size in zip(batch["image"], images, sizes, strict=True):
+    for canvas, image, size in zip(canvases, images, sizes, strict=True):
         resize_into(canvas, image, tuple(size), options.interpolation, flip=False)
     return batch
 
@@ -209,29 +212,35 @@ class _Batches:
         self._rank, self._world, self._length, self._start, self._seed = rank, world, length, start, seed
         self._max_objects = options.max_objects or max(-(-split.max_objects // 8) * 8, 8)
         self._proposals = proposals
+        largest = max(map(math.prod, options.buckets))
+        self._canvases = Canvases(schedule.batch_size // world * largest * 3 * np.dtype(options.pixels).itemsize)
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
         plan = local_rows(self._schedule.batch(self._start + int(step)), self._rank, self._world)
-        return _load(plan, self._split, self._options, self._max_objects, self._seed, self._proposals)
+        shape = (len(plan.rows), *self._options.buckets[plan.bucket], 3)
+        canvases = self._canvases.take(shape, self._options.pixels)
+        return _load(plan, canvases, self._split, self._options, self._max_objects, self._seed, self._proposals)
 
 
 def _load(
     plan: PlannedBatch,
+    canvases: np.ndarray,
     split: Split,
     options: PipelineOptions,
     max_objects: int,
     seed: int | None,
     proposals: ProposalTable | None,
 ) -> dict[str, np.ndarray]:
-    """Read, decode, resize and flip the images of a plan."""
-    batch = _empty_batch(len(plan.rows), options.buckets[plan.bucket], max_objects, options.pixels)
+    """Read, decode, resize and flip the images of a plan onto canvases [b h w 3] with anything on them."""
+    batch = _empty_batch(canvases, max_objects)
     if proposals is not None:
         batch |= _empty_proposals(len(plan.rows), options.max_proposals[0 if seed is not None else 1])
     for i, (row, epoch) in enumerate(zip(plan.rows.tolist(), plan.epochs.tolist(), strict=True)):
         if row < 0:
+            canvases[i] = 0
             continue
         shorter, flip = options.shorter[-1], False
         if seed is not None:
@@ -241,7 +250,8 @@ def _load(
         original = (int(split.index.height[row]), int(split.index.width[row]))
         size = resized_size(*original, shorter, options.longest, options.rounding)
         image = _image(split, row, original, size if options.interpolation == "area" else None)
-        resize_into(batch["image"][i], image, size, options.interpolation, flip)
+        resize_into(canvases[i], image, size, options.interpolation, flip)
+        canvases[i, size[0] :], canvases[i, : size[0], size[1] :] = 0, 0
         boxes, labels = _targets(split, row, max_objects)
         count = len(labels)
         batch["boxes"][i, :count] = resize_boxes(boxes, original, size, flip)
@@ -257,11 +267,12 @@ def _load(
     return batch
 
 
-def _empty_batch(count: int, bucket: tuple[int, int], max_objects: int, pixels: str) -> dict[str, np.ndarray]:
-    """Padding rows only: black pictures as large as the bucket, so that no size is 0."""
+def _empty_batch(canvases: np.ndarray, max_objects: int) -> dict[str, np.ndarray]:
+    """Padding rows only, as large as their canvases [b h w 3], so that no size is 0."""
+    count, *bucket = canvases.shape[:3]
     sizes = np.tile(np.array(bucket, np.int32), (count, 1))
     return {
-        "image": np.zeros((count, *bucket, 3), pixels),
+        "image": canvases,
         "size": sizes,
         "boxes": np.zeros((count, max_objects, 4), np.float32),
         "labels": np.zeros((count, max_objects), np.int32),

@@ -254,6 +254,25 @@ def test_records_can_be_read_in_other_processes(fish):
     assert copy[2]["image"] == source[2]["image"]
 
 
+def test_records_are_what_tfds_reads_and_an_image_is_read_alone(fish, monkeypatch):
+    split = open_split(fish, "fish", "train")
+    builder = tfds.builder_from_directory(next((fish / "fish").iterdir()))
+    expected = builder.as_data_source("train", decoders={"image": tfds.decode.SkipDecoding()})
+    for i, item in enumerate(expected):
+        record = split.source[i]
+        assert dict(record).keys() == item.keys() and len(record) == len(item)
+        assert record["image"] == item["image"] and record["image_id"] == item["image_id"]
+        np.testing.assert_array_equal(record["objects"]["bbox"], item["objects"]["bbox"])
+        with pytest.raises(KeyError):
+            record["no such"]
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("parsed as a whole")
+
+    monkeypatch.setattr(tfds.features.FeaturesDict, "deserialize_example_np", refuse)
+    assert split.source[0]["image"].startswith(b"\xff\xd8")
+
+
 def test_this_room_needs_neither_jax_nor_tensorflow(tmp_path):
     """Preparing and reading in a fresh process loads neither."""
     code = (

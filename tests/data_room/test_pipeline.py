@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 from fake_split import make_split, number_of
 
+from fpn_jax.data.canvases import Canvases
 from fpn_jax.data.decode import decode
 from fpn_jax.data.pipeline import PipelineOptions, eval_batches, image_batch, train_batches
 from fpn_jax.data.transforms import assign_buckets, resize_boxes, resize_into, resized_size
@@ -280,6 +281,25 @@ def test_evaluation_covers_every_image_once(batch_size, world):
             np.testing.assert_array_equal(batch["image"][i], image)
             np.testing.assert_array_equal(batch["size"][i], size)
             np.testing.assert_array_equal(batch["boxes"][i][batch["valid"][i]], boxes)
+
+
+@pytest.mark.parametrize("pixels", ["uint8", "float32"])
+def test_nothing_is_left_of_what_was_on_a_canvas_before(monkeypatch, pixels):
+    blank = Canvases.take
+
+    def scribbled(self, shape, dtype):
+        array = blank(self, shape, dtype)
+        array[:] = 77
+        return array
+
+    monkeypatch.setattr(Canvases, "take", scribbled)
+    padding = 0
+    for batch in eval_batches(make_split(8), options(buckets=((44, 48),), pixels=pixels), 3):
+        for image, size, index in zip(batch["image"], batch["size"], batch["index"], strict=True):
+            height, width = size if index >= 0 else (0, 0)
+            assert not image[height:].any() and not image[:, width:].any()
+            padding += index < 0
+    assert padding == 1
 
 
 def test_evaluation_of_no_images_is_no_batch():

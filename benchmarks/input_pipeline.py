@@ -1,0 +1,79 @@
+"""From JPEG files to padded batches against torchvision's v2 transforms and a DataLoader: images a second and core.
+
+    python -m benchmarks.input_pipeline [--quick]
+
+Made-up pictures of 640 x 480 as large in bytes as COCO's (quality 90, about 135 KB), with their boxes: decoded, resized
+to 800 x 1066, flipped every other time, padded to 800 x 1088, in batches of 8; as uint8, and as floats that are resized
+unrounded. Ours reads records through Grain, in the threads that training has; torchvision's reads the files with
+Pillow as its reference scripts do.
+
+The first figure is images by CPU time (user and system, all threads); there the DataLoader works in the process itself,
+where nothing has to be sent between processes. Then images by the clock, with as many of the DataLoader's workers as
+there are cores. Before anything is timed a batch of each side must be the other's.
+"""
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks import record, sides, timing
+from benchmarks.ours_input import BATCH, write_pictures
+from benchmarks.sides import CHECKED, OURS, THEIRS
+from benchmarks.timing import Side
+from fpn_jax import cli
+
+TARGET = 2.0
+# (largest, mean) difference in grey levels. Both sides decode with libjpeg-turbo, but round differently when they
+# resize to uint8.
+OFF = {"uint8": (2, 0.6), "float32": (0.1, 0.01)}
+WORKERS = f"{THEIRS}, {os.cpu_count()} workers"
+
+
+def check(kind: str, found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> None:
+    """Raises AssertionError unless images and boxes agree."""
+    off = np.abs(found["image"].astype(np.float32) - expected["image"])
+    assert off.max() <= OFF[kind][0] and off.mean() <= OFF[kind][1], f"{kind}: {off.max()}, on average {off.mean()} off"
+    np.testing.assert_allclose(found["boxes"], expected["boxes"], atol=0.01)
+
+
+def measure(folder: str, kind: str, batches: int, repeats: int) -> list[dict]:
+    """The lines of one kind of pixels."""
+    options = {"folder": folder, "kind": kind, "batches": batches}
+    every = {OURS: Side("benchmarks.ours_input:pictures", options)}
+    if record.have("torch", "torchvision"):
+        make = "benchmarks.theirs_input:pictures"
+        every |= {
+            THEIRS: Side(make, options | {"workers": 0}),
+            WORKERS: Side(make, options | {"workers": os.cpu_count()}),
+        }
+    with timing.started(every) as running:
+        if THEIRS in running:
+            check(kind, *(running[side].outputs("first", CHECKED) for side in (OURS, THEIRS)))
+        times = timing.take_turns(running, "epoch", repeats, warm_up=1)
+    images = batches * BATCH
+    cpu, wall = (
+        {name: timing.rates(images, [getattr(x, clock) for x in values]) for name, values in times.items()}
+        for clock in ("cpu", "wall")
+    )
+    return [
+        record.faster(f"{kind}, by CPU time", "images/s", cpu[OURS], cpu.get(THEIRS), THEIRS, TARGET),
+        record.faster(f"{kind}, by the clock", "images/s", wall[OURS], wall.get(WORKERS), WORKERS, None),
+    ]
+
+
+def main(argv: Sequence[str]) -> None:
+    """Entry point."""
+    del argv
+    recorder, (count, batches) = record.Recorder("input_pipeline"), (16, 2) if sides.QUICK.value else (128, 32)
+    with tempfile.TemporaryDirectory() as folder:
+        write_pictures(Path(folder), count)
+        lines = [line for kind in OFF for line in measure(folder, kind, batches, sides.repeats(4))]
+    notes = [] if lines[0]["theirs"] else [record.HOW_TO_GET_TORCHVISION]
+    recorder.finish("cpu", lines, {}, sides.folder(), notes)
+
+
+if __name__ == "__main__":
+    cli.run(main)
