@@ -20,7 +20,7 @@ from typing import Any
 from benchmarks import record, sides
 from fpn_jax import cli
 from fpn_jax.errors import UserError
-from fpn_jax.evaluation import write_atomically
+from fpn_jax.storage.paths import write_atomically
 
 _MEASURE = cli.flag("measure", bool, True, "Run benchmarks; --nomeasure only writes the table of what is there.")
 
