@@ -57,8 +57,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     classes = common.Classes(train_split.class_names, train_split.category_ids)
     common.check_classes(classes, eval_split, workdir)
     options = common.pipeline_options(config)
-    sharding.check_buckets(mesh, options.buckets, common.STRIDE)
     detector = common.make_detector(config, classes)
+    sharding.check_buckets(mesh, options.buckets, common.STRIDE, detector.coarsest_stride)
     regions = _regions(config, train_split, eval_split)
     evaluator = Evaluator(detector, mesh, eval_split, options, config.eval_batch_size, regions["eval"])
 

@@ -14,15 +14,16 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-def start(config, workdir, processes, *changes):
-    """The training command in that many processes."""
+def start(config, workdir, processes, *changes, devices=1):
+    """The training command in that many processes with that many devices each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     command = [sys.executable, "-m", "fpn_jax.train", f"--config={config}", f"--workdir={workdir}", *changes]
     running = []
     for rank in range(processes):
-        environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+        flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
+        environment = os.environ | {"XLA_FLAGS": flags}
         if processes > 1:
             place = {
                 "JAX_COORDINATOR_ADDRESS": address,
@@ -34,10 +35,10 @@ def start(config, workdir, processes, *changes):
     return running
 
 
-def train(config, workdir, processes):
+def train(config, workdir, processes, *changes, devices=1):
     """Run it to its end and return the losses and the final metrics."""
-    for process in start(config, workdir, processes):
-        _, errors = process.communicate(timeout=300)
+    for process in start(config, workdir, processes, *changes, devices=devices):
+        _, errors = process.communicate(timeout=600)
         assert process.returncode == 0, errors
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if "loss" in row]
@@ -50,6 +51,18 @@ def test_two_processes_give_the_losses_and_scores_of_one(tmp_path, tiny_experime
     assert two_losses == pytest.approx(one_losses, rel=1e-3)
     assert len(two_losses) == 12
     assert two_metrics["num_images"] == one_metrics["num_images"] == 5  # not even over two processes
+    assert two_metrics["num_detections"] == pytest.approx(one_metrics["num_detections"], abs=2)
+
+
+@pytest.mark.slow
+def test_processes_whose_devices_share_images_and_state_give_the_losses_of_one_process(tmp_path, tiny_experiment):
+    changes = "--config.mesh.space=2", "--config.mesh.shard_params=data", "--config.data.buckets=((320, 64),)"
+    # What the mesh itself changes is rounding, which Adam makes more of; tests/training/test_mesh.py is about that.
+    one_losses, one_metrics = train(tiny_experiment, tmp_path / "one", 1, *changes, devices=4)
+    two_losses, two_metrics = train(tiny_experiment, tmp_path / "two", 2, *changes, devices=2)
+    assert two_losses == pytest.approx(one_losses, rel=1e-3)
+    assert len(two_losses) == 12
+    assert two_metrics["num_images"] == one_metrics["num_images"] == 5
     assert two_metrics["num_detections"] == pytest.approx(one_metrics["num_detections"], abs=2)
 
 
