@@ -64,8 +64,8 @@ def _evaluate(
     options = common.pipeline_options(config)
     if tight:
         options = common.pad_tightly(options, split.image_sizes)
-    sharding.check_buckets(mesh, options.buckets, common.STRIDE)
     detector = common.make_detector(config, classes)
+    sharding.check_buckets(mesh, options.buckets, common.STRIDE, detector.coarsest_stride)
     like = common.abstract_variables(detector, options.buckets[0], mesh, mesh_options.shard_params)
     with checkpoint.Checkpoints(workdir) as checkpoints:
         variables, step = checkpoints.restore_weights(like, which)

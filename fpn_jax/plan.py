@@ -18,6 +18,7 @@ import ml_collections
 
 from fpn_jax import cli, common
 from fpn_jax.errors import UserError
+from fpn_jax.models import build_detector
 from fpn_jax.planning import page
 from fpn_jax.planning.chips import Slice, parse_slice
 from fpn_jax.planning.scaling import usual_slices, weak_scaling
@@ -54,7 +55,8 @@ def plan(config: ml_collections.ConfigDict, topology: str, bucket: tuple[int, in
     devices, slice_ = devices_of(topology)
     options = common.mesh_options(config)
     mesh = sharding.make_mesh(devices, options)
-    sharding.check_buckets(mesh, [bucket], common.STRIDE)
+    coarsest = build_detector(config.model, _CLASSES.value).coarsest_stride
+    sharding.check_buckets(mesh, [bucket], common.STRIDE, coarsest)
     shape = _CLASSES.value, _OBJECTS.value, bucket, mesh, options.shard_params
     try:
         step = plan_step(config, *shape)

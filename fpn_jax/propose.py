@@ -44,8 +44,8 @@ def propose(workdir: str, split: Split, path: Any, most: int, which: str = "best
     mesh = sharding.make_mesh(options=mesh_options)
     sharding.check_batch_size(mesh, config.eval_batch_size, f"eval_batch_size in {workdir}/config.json")
     options = common.pipeline_options(config)
-    sharding.check_buckets(mesh, options.buckets, common.STRIDE)
     detector = common.make_detector(config, common.Classes.read(workdir))
+    sharding.check_buckets(mesh, options.buckets, common.STRIDE, detector.coarsest_stride)
     like = common.abstract_variables(detector, options.buckets[0], mesh, mesh_options.shard_params)
     with checkpoint.Checkpoints(workdir) as checkpoints:
         variables, _ = checkpoints.restore_weights(like, which)

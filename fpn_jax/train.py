@@ -62,8 +62,8 @@ def _train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     roll_call.agree("devices and data", common.fingerprint(train_split, eval_split), config.join_within)
     roll_call.announce(config.batch_size, f"{train_split.name} {train_split.split}", len(train_split))
     options = common.pipeline_options(config)
-    sharding.check_buckets(mesh, options.buckets, common.STRIDE)
     detector = common.make_detector(config, classes)
+    sharding.check_buckets(mesh, options.buckets, common.STRIDE, detector.coarsest_stride)
     regions = _regions(config, train_split, eval_split)
     evaluator = Evaluator(detector, mesh, eval_split, options, config.eval_batch_size, regions["eval"])
 

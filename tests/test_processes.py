@@ -29,6 +29,18 @@ def test_two_processes_give_the_losses_and_scores_of_one(tmp_path, tiny_experime
 
 
 @pytest.mark.slow
+def test_processes_whose_devices_share_images_and_state_give_the_losses_of_one_process(tmp_path, tiny_experiment):
+    changes = "--config.mesh.space=2", "--config.mesh.shard_params=data", "--config.data.buckets=((320, 64),)"
+    # What the mesh itself changes is rounding, which Adam makes more of; tests/training/test_mesh.py is about that.
+    one_losses, one_metrics = train(tiny_experiment, tmp_path / "one", 1, *changes, devices=4)
+    two_losses, two_metrics = train(tiny_experiment, tmp_path / "two", 2, *changes, devices=2)
+    assert two_losses == pytest.approx(one_losses, rel=1e-3)
+    assert len(two_losses) == 12
+    assert two_metrics["num_images"] == one_metrics["num_images"] == 5
+    assert two_metrics["num_detections"] == pytest.approx(one_metrics["num_detections"], abs=2)
+
+
+@pytest.mark.slow
 def test_one_two_and_four_processes_are_one_run_and_three_score_it(tmp_path, tiny_experiment):
     """16 images to train on and 5 to score, neither a multiple of the batch of 12 that all of these divide."""
     changes = ["--config.batch_size=12", "--config.eval_batch_size=12", "--config.eval_every=6"]

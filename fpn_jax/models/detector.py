@@ -50,6 +50,12 @@ class Detector(nn.Module, kw_only=True):
             return jax.lax.stop_gradient(pyramid) if both else pyramid
 
     @property
+    def coarsest_stride(self) -> int:
+        """Of all maps, in pixels."""
+        bottom_up = self.backbone.output_levels()
+        return 2 ** max(*bottom_up, *self.neck.output_levels(bottom_up))
+
+    @property
     def frozen(self) -> tuple[tuple[str, ...], ...]:
         """Beginnings of parameter paths that are not trained, such as ("backbone", "stem_")."""
         parts = tuple((part,) for part in self.frozen_parts)

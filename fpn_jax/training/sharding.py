@@ -23,6 +23,9 @@ from fpn_jax.errors import UserError
 from fpn_jax.types import Batch, PerDevice, SpreadMaps, as_they_are, together
 
 _BATCH, _SPACE = ("data", "fsdp"), "space"
+# Rows of a map that is cut. Where a map has fewer rows than a kernel, of which the largest here is 5x5, XLA (jaxlib
+# 0.10.2) gets the gradient of convolutions wrong: of two rows on two devices times two it is zero.
+FEWEST_ROWS = 5
 SMALLEST_SPLIT = 4096  # elements: below, a message costs more than the memory is worth
 
 
@@ -172,14 +175,19 @@ def check_batch_size(mesh: Mesh, batch_size: int, key: str) -> None:
         raise UserError(f"{key} is {batch_size}, which does not divide over {over}; try {above}")
 
 
-def check_buckets(mesh: Mesh, buckets: Sequence[tuple[int, int]], stride: int) -> None:
-    """Raise a `UserError` unless the devices along space get whole rows of the map of this stride, as many each."""
-    unit = stride * mesh.shape[_SPACE]
-    for height, width in buckets:
-        if height % unit:
+def check_buckets(mesh: Mesh, buckets: Sequence[tuple[int, int]], stride: int, coarsest: int) -> None:
+    """Raise a `UserError` unless images of these (height, width) can be cut into rows over the devices along space.
+
+    Each device gets whole rows of the map of `stride`, as many as the others. The map of stride `coarsest` must have at
+    least `FEWEST_ROWS`.
+    """
+    space = mesh.shape[_SPACE]
+    unit, least = stride * space, FEWEST_ROWS * coarsest
+    for height, width in buckets if space > 1 else ():
+        if height % unit or height < least:
             raise UserError(
-                f"the bucket {height}x{width} cannot be cut into mesh.space={mesh.shape[_SPACE]} pieces of whole rows "
-                f"of stride {stride}; give data.buckets whose heights are multiples of {unit}, or lower mesh.space"
+                f"the bucket {height}x{width} cannot be cut into mesh.space={space} pieces; give data.buckets (or "
+                f"data.shorter) whose heights are multiples of {unit} and at least {least}, or lower mesh.space"
             )
 
 
