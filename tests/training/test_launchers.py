@@ -1,13 +1,13 @@
 """How a process finds the others of its job, from the environment that Slurm, Open MPI, GKE and Cloud TPU give it."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
 
 import pytest
 
-from fpn_jax.errors import UserError
 from fpn_jax.training import processes
 
 _TELL = """
@@ -116,9 +116,10 @@ def test_the_gpus_of_a_task(nothing, monkeypatch, environment, gpus):
     assert processes._slurm_gpus() == gpus
 
 
-def test_a_launcher_that_jax_cannot_ask_is_an_error_and_not_many_single_runs(nothing, monkeypatch):
+def test_a_launcher_that_jax_cannot_ask_is_an_error_and_not_many_single_runs():
     """Open MPI from 5 on does not set what jax reads."""
-    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
-    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "1")
-    with pytest.raises(UserError, match=r"one of several processes of ompi.*set JAX_COORDINATOR_ADDRESS, JAX_NUM"):
-        processes.start_processes()
+    environment = clean() | {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}
+    run = subprocess.run([sys.executable, "-c", _TELL], env=environment, capture_output=True, text=True, timeout=120)
+    assert run.returncode != 0
+    last = run.stderr.strip().splitlines()[-1]
+    assert re.search(r"UserError: this is one of several processes of ompi.*set JAX_COORDINATOR_ADDRESS, JAX_NUM", last)
