@@ -63,7 +63,7 @@ def trainer(count: int, height: int, width: int, dtype: str, changes: Mapping[st
     detector, variables = _detector(of_step)
     optimizer = make_optimizer(of_step.optim, lambda step: LEARNING_RATE, variables["params"], detector.frozen)
     state = sharding.put_replicated(mesh, make_state(variables, optimizer, 0.0))
-    step = make_train_step(detector, optimizer, lambda step: LEARNING_RATE, seed=0, mesh=mesh)
+    step = make_train_step(detector, optimizer, lambda step: jnp.float32(LEARNING_RATE), seed=0, mesh=mesh)
 
     def prepare(seed: int) -> Batch:
         return jax.block_until_ready(sharding.put_batch(mesh, inputs.batch(seed, count, height, width)))
