@@ -49,6 +49,7 @@ def lines(workdir):
     return [json.loads(line) for line in paths.path(f"{workdir}/metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_run_in_the_cloud_is_killed_resumed_and_scored(cloud, tiny_experiment, scenes_dir, tmp_path):
     paths.filesystem().put(f"{scenes_dir}/scenes", "gs://bucket/data/", recursive=True)
     workdir, cache = "gs://bucket/deep/run", tmp_path / "cache"

@@ -127,6 +127,7 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path, base):
     assert (workdir / "fpn/seed0/metrics.json").exists()
 
 
+@pytest.mark.slow
 def test_four_stages_share_their_features(tmp_path, base):
     base.update(num_steps=4, eval_every=0)
     base.model.detector = "faster_rcnn"
