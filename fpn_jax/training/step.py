@@ -14,6 +14,10 @@ from fpn_jax.types import Batch, Detections, TrainState
 
 Metrics = dict[str, jax.Array]
 
+# Of a step's operations on a CPU: what needs the least memory first. XLA's own choice, the most side by side, takes a
+# third of a gigabyte more for an image of 800 x 1344 and is no faster.
+_ON_CPU = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+
 
 def make_train_step(
     detector: Detector,
@@ -80,7 +84,8 @@ def make_train_step(
         # Laid out as it came, or the next step would be another program.
         return place(TrainState(state.step + 1, params, batch_stats, opt_state, ema_params)), place(metrics, "")
 
-    return jax.jit(step, donate_argnums=0)
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    return jax.jit(step, donate_argnums=0, compiler_options=_ON_CPU if platform == "cpu" else None)
 
 
 def _on(detector: Detector, mesh: Any) -> Detector:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from fpn_jax.errors import UserError
 from fpn_jax.models.backbones.resnet import check_remat, recomputed
-from fpn_jax.models.layers import Conv, conv_norm
+from fpn_jax.models.layers import Conv, conv_norm, relu
 
 
 class Spec(NamedTuple):
@@ -44,7 +44,7 @@ LAST = 960  # channels of the last 1x1
 # Level -> the layer whose output it is: 0 is the stem, 1 to 15 the blocks, 16 the last 1x1. The strided blocks end a
 # level, as torchvision cuts the network. Level 6 has the stride of level 5.
 LAYERS = {1: 0, 2: 2, 3: 4, 4: 7, 5: 13, 6: 16}
-ACTIVATIONS = {"relu": nn.relu, "hard_swish": jax.nn.hard_swish}
+ACTIVATIONS = {"relu": relu, "hard_swish": jax.nn.hard_swish}
 
 
 class InvertedResidual(nn.Module):
@@ -69,7 +69,7 @@ class InvertedResidual(nn.Module):
             y = act(layer(y, "expand", spec.expanded, 1))
         y = act(layer(y, "depth", spec.expanded, spec.kernel, spec.stride, spec.expanded))
         if spec.squeezes:
-            weight = nn.relu(Conv(_eighths(spec.expanded / 4), 1, dtype=self.dtype, name="squeeze")(_mean(y)))
+            weight = relu(Conv(_eighths(spec.expanded / 4), 1, dtype=self.dtype, name="squeeze")(_mean(y)))
             y *= jax.nn.hard_sigmoid(Conv(spec.expanded, 1, dtype=self.dtype, name="excite")(weight))
         y = layer(y, "project", spec.features, 1)
         return x + y if x.shape == y.shape else y

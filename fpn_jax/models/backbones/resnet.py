@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fpn_jax.errors import UserError
-from fpn_jax.models.layers import conv_norm, max_pool
+from fpn_jax.models.layers import conv_norm, max_pool, relu
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
@@ -37,15 +37,15 @@ class Block(nn.Module):
 
         if self.bottleneck:
             first, second = (self.stride, 1) if self.stride_in_1x1 else (1, self.stride)
-            y = nn.relu(layer(x, "1", self.inner, 1, first))
-            y = nn.relu(layer(y, "2", self.inner, 3, second, self.groups))
+            y = relu(layer(x, "1", self.inner, 1, first))
+            y = relu(layer(y, "2", self.inner, 3, second, self.groups))
             y = layer(y, "3", 4 * self.width, 1)
         else:
-            y = nn.relu(layer(x, "1", self.width, 3, self.stride))
+            y = relu(layer(x, "1", self.width, 3, self.stride))
             y = layer(y, "2", self.width, 3)
         if x.shape != y.shape:
             x = layer(x, "_shortcut", y.shape[-1], 1, self.stride)
-        return nn.relu(x + y)
+        return relu(x + y)
 
 
 def recomputed(block: type[nn.Module]) -> type[nn.Module]:
@@ -121,7 +121,7 @@ class ResNet(nn.Module):
 
         how = {"norm": self.norm, "eps": self.norm_eps, "dtype": self.dtype}
         x = conv_norm(x, ("stem_conv", "stem_norm"), self.width, 7, live(1), stride=2, **how)
-        x = freeze(max_pool(nn.relu(x), 3, 2), 1)
+        x = freeze(max_pool(relu(x), 3, 2), 1)
         features = {}
         for level, blocks in zip(self.output_levels(), self.blocks or BLOCKS[self.depth], strict=False):
             # A frozen stage has no backward pass, and keeps nothing for one.

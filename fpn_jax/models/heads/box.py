@@ -8,7 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from fpn_jax.models.layers import conv_norm, lecun_uniform
+from fpn_jax.models.layers import conv_norm, lecun_uniform, relu
 from fpn_jax.ops import boxes as box_ops
 from fpn_jax.ops.losses import smooth_l1, softmax_ce
 from fpn_jax.ops.matching import BELOW, match
@@ -101,10 +101,10 @@ class BoxHead(nn.Module):
         x = x.reshape(b * r, *x.shape[2:])
         how = {"norm": self.norm, "eps": self.norm_eps, "dtype": self.dtype}
         for i in range(1, self.convs + 1):
-            x = nn.relu(conv_norm(x, (f"conv{i}", f"norm{i}"), self.conv_channels, 3, train, **how))
+            x = relu(conv_norm(x, (f"conv{i}", f"norm{i}"), self.conv_channels, 3, train, **how))
         x = x.reshape(b, r, -1)
         for i in range(1, self.fcs + 1):
-            x = nn.relu(nn.Dense(self.channels, dtype=self.dtype, kernel_init=lecun_uniform, name=f"fc{i}")(x))
+            x = relu(nn.Dense(self.channels, dtype=self.dtype, kernel_init=lecun_uniform, name=f"fc{i}")(x))
         return class_layers(x, self.num_classes, self.background, self.dtype)
 
 

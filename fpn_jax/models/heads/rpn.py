@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fpn_jax.models.layers import Conv
+from fpn_jax.models.layers import Affine, Conv, affine_maps, relu
 from fpn_jax.ops import anchors as anchor_ops
 from fpn_jax.ops import boxes as box_ops
 from fpn_jax.ops.losses import sigmoid_bce, smooth_l1
@@ -82,14 +82,14 @@ class RPNHead(nn.Module):
 
     @nn.compact
     def __call__(self, pyramid: Mapping[int, jax.Array]) -> tuple[dict[int, jax.Array], dict[int, jax.Array]]:
-        def layers(width: int, suffix: str = "") -> tuple[list[nn.Module], nn.Module, nn.Module]:
-            def conv(features: int, kernel: int, name: str) -> nn.Module:
+        def layers(width: int, suffix: str = "") -> tuple[list[Conv], Affine, Affine]:
+            def layer(kind: type[nn.Module], features: int, name: str) -> Any:
                 init = nn.initializers.normal(0.01)
-                return Conv(features, kernel, kernel_init=init, dtype=self.dtype, name=f"{name}{suffix}")
+                return kind(features, kernel_init=init, dtype=self.dtype, name=f"{name}{suffix}")
 
             names = ["conv", *(f"conv{i}" for i in range(2, self.convs + 1))]
-            convs = [conv(self.channels or width, 3, name) for name in names]
-            return convs, conv(self.anchors, 1, "objectness"), conv(4 * self.anchors, 1, "deltas")
+            convs = [layer(Conv, self.channels or width, name) for name in names]
+            return convs, layer(Affine, self.anchors, "objectness"), layer(Affine, 4 * self.anchors, "deltas")
 
         if self.shared:
             for_all = layers(next(iter(pyramid.values())).shape[-1])
@@ -97,10 +97,11 @@ class RPNHead(nn.Module):
         for level, x in pyramid.items():
             convs, objectness, deltas = for_all if self.shared else layers(x.shape[-1], f"_level{level}")
             for conv in convs:
-                x = nn.relu(conv(x))
+                x = relu(conv(x))
             b = x.shape[0]
-            all_logits[level] = objectness(x).reshape(b, -1).astype(jnp.float32)
-            all_deltas[level] = deltas(x).reshape(b, -1, 4).astype(jnp.float32)
+            logits, offsets = affine_maps(x, objectness, deltas)
+            all_logits[level] = logits.reshape(b, -1).astype(jnp.float32)
+            all_deltas[level] = offsets.reshape(b, -1, 4).astype(jnp.float32)
         return all_logits, all_deltas
 
 

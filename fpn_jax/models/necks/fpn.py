@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from fpn_jax.errors import UserError
-from fpn_jax.models.layers import Upsample, conv_norm, lecun_uniform
+from fpn_jax.models.layers import Upsample, conv_norm, lecun_uniform, relu
 
 # Ways to bring the upsampled map and the lateral one together.
 MERGES = ("sum", "concat")
-ACTIVATIONS = {"none": lambda x: x, "relu": nn.relu}
+ACTIVATIONS = {"none": lambda x: x, "relu": relu}
 
 
 class FPN(nn.Module):
