@@ -89,11 +89,10 @@ def measure(
         notes = _drop_what_fails(running, program)
         times = timing.take_turns(running, program, repeats)
         facts, names = running[OURS].facts, [name for name in running if TUNED not in name]
-        memory = {name: running[name].peak_memory(program, CHECKED) for name in names if facts["device"] == "CPU"}
-    for name in names:
-        if name not in memory:  # a device's peak is that since the process began, the comparison's in float32 included
-            with timing.started({name: every[name]}) as alone:
-                memory[name] = alone[name].peak_memory(program, CHECKED)
+    memory = {}
+    for name in names:  # in new processes: the comparison in float32 would count
+        with timing.started({name: every[name]}) as alone:
+            memory[name] = alone[name].peak_memory(program, CHECKED)
     rates = {name: timing.rates(size["count"], [x.wall for x in values]) for name, values in times.items()}
     lines = [
         record.faster(what, "images/s", rates[OURS], rates[way], way, target)

@@ -23,7 +23,9 @@ def conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return _conv3x3(x, kernel)
 
 
+# Jitted to be traced once for all layers of the same shapes.
 @jax.custom_vjp
+@jax.jit
 def _conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
     b, h, w, c = x.shape
     strips, rows, columns = _strips(h, w)
@@ -57,6 +59,7 @@ def _backward(residual: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tup
 _conv3x3.defvjp(_forward, _backward)
 
 
+@jax.jit
 def _kernel_gradient(x: jax.Array, gradient: jax.Array) -> jax.Array:
     """x [b h w c], gradient [b h w c'] -> [3 3 c c'], by the transpose of every step of the convolution."""
     b, h, w, c = x.shape
