@@ -39,6 +39,7 @@ def _relu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _relu_backward(y: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+    y = jax.lax.optimization_barrier(y)  # or the compiler keeps a mask, or what y is made of, beside y
     return (jnp.where(y > 0, gradient, jnp.zeros_like(gradient)),)
 
 
@@ -46,11 +47,8 @@ relu.defvjp(_relu_forward, _relu_backward)
 
 
 def _kept_maximum(x: jax.Array) -> jax.Array:
-    """`relu` as a call that XLA's CPU backend must not look into.
-
-    Otherwise it keeps what the output is made of, the convolution's result and the shortcut, to make the output anew in
-    the backward pass; it takes optimization barriers away before that decision.
-    """
+    """`relu` as a call that XLA's CPU backend must not look into, as it takes barriers away before it decides what to
+    make anew in the backward pass, and then keeps the convolution's result and the shortcut for it."""
     with set_xla_metadata(inlineable="false"):
         return jax.jit(lambda x: jnp.maximum(x, 0))(x)
 
