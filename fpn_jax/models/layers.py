@@ -50,7 +50,12 @@ def _kept_maximum(x: jax.Array) -> jax.Array:
     """`relu` as a call that XLA's CPU backend must not look into, as it takes barriers away before it decides what to
     make anew in the backward pass, and then keeps the convolution's result and the shortcut for it."""
     with set_xla_metadata(inlineable="false"):
-        return jax.jit(lambda x: jnp.maximum(x, 0))(x)
+        return _maximum(x)
+
+
+@jax.jit
+def _maximum(x: jax.Array) -> jax.Array:
+    return jnp.maximum(x, 0)
 
 
 class Conv(nn.Module):
