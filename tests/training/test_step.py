@@ -62,6 +62,17 @@ def test_the_step_is_deterministic_and_its_seed_matters(config, make_batch):
     assert train(config, 1, batches)[1] != first
 
 
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_the_step_can_be_translated_for_every_platform(config, make_batch, platform):
+    """What is written for CPUs alone must not be in the programs of the others."""
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    _, state, step = set_up(config, mesh)
+    traced = step.trace(state, sharding.put_batch(mesh, vars(make_batch(8))))
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert "stablehlo.convolution" in text
+    assert ("inlineable" in text) == (platform == "cpu")
+
+
 def test_losses_fall_on_one_batch_and_the_gradient_reaches_every_part(config, make_batch):
     batch = make_batch(8)
     mesh = sharding.make_mesh(jax.devices()[:1])
