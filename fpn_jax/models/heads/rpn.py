@@ -13,7 +13,7 @@ from fpn_jax.models.layers import Affine, Conv, affine_maps, relu
 from fpn_jax.ops import anchors as anchor_ops
 from fpn_jax.ops import boxes as box_ops
 from fpn_jax.ops.losses import sigmoid_bce, smooth_l1
-from fpn_jax.ops.matching import BELOW, match
+from fpn_jax.ops.matching import BELOW, match_boxes
 from fpn_jax.ops.nms import nms, nms_top
 from fpn_jax.ops.sampling import sample
 from fpn_jax.types import PerDevice, together
@@ -128,8 +128,9 @@ def label_anchors(
     anchors [r 4], boxes [m 4], valid [m]; `match` as `fpn_jax.ops.matching.match` gives it, `index` the anchors that
     were drawn. key None draws the first candidates.
     """
-    matched = match(
-        box_ops.iou(boxes, anchors),
+    matched = match_boxes(
+        boxes,
+        anchors,
         valid,
         settings.positive_iou,
         settings.negative_iou,
