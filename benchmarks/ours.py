@@ -19,8 +19,7 @@ from benchmarks.timing import Made, Program
 from experiments.faster_rcnn_r50_fpn import get_config
 from fpn_jax.common import set_up_jax
 from fpn_jax.models import build_detector
-from fpn_jax.ops.boxes import iou
-from fpn_jax.ops.matching import match
+from fpn_jax.ops.matching import match_boxes
 from fpn_jax.ops.nms import nms, nms_top
 from fpn_jax.ops.roi_align import multilevel_roi_align
 from fpn_jax.training import sharding
@@ -197,7 +196,7 @@ def operations(height: int, width: int, channels: int, sizes: Mapping[str, int])
 
     @jax.jit
     def matched(boxes, anchors):
-        return match(iou(boxes, anchors), jnp.ones(len(boxes), bool), *inputs.MATCHING_IOU, True)
+        return match_boxes(boxes, anchors, jnp.ones(len(boxes), bool), *inputs.MATCHING_IOU, True)
 
     def program(function: Callable, make: Callable, count: int, outputs: Callable) -> Program:
         def prepare(seed: int) -> Any:

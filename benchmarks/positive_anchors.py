@@ -16,8 +16,7 @@ from fpn_jax.data.pipeline import eval_batches
 from fpn_jax.models import build_detector
 from fpn_jax.models.heads import rpn
 from fpn_jax.models.rpn import RPN
-from fpn_jax.ops.boxes import iou
-from fpn_jax.ops.matching import match
+from fpn_jax.ops.matching import match_boxes
 from fpn_jax.sweep import check_rows
 from fpn_jax.variants import changed
 
@@ -32,7 +31,7 @@ def positives(settings: rpn.RPNSettings, batches: Sequence[dict[str, np.ndarray]
 
     @jax.jit
     def matched(boxes, valid, anchors):
-        return match(iou(boxes, anchors), valid, settings.positive_iou, settings.negative_iou, quality)
+        return match_boxes(boxes, anchors, valid, settings.positive_iou, settings.negative_iou, quality)
 
     for batch in batches:
         image_size = batch["image"].shape[1:3]

@@ -51,17 +51,8 @@ class RPN(Detector, kw_only=True):
     ) -> tuple[Scalars, Scalars]:
         """(losses, statistics) of what `predict_anchors` gave; keys [b] draw the anchors."""
         with jax.named_scope("rpn_losses"):
-            flat_logits, flat_deltas = (jnp.concatenate(list(x.values()), axis=1) for x in (logits, deltas))
-            flat_anchors = np.concatenate(list(anchors.values()))
             return rpn.rpn_losses(
-                self.rpn_settings,
-                flat_logits,
-                flat_deltas,
-                flat_anchors,
-                batch.boxes,
-                batch.valid,
-                keys,
-                self.per_device,
+                self.rpn_settings, logits, deltas, anchors, batch.boxes, batch.valid, keys, self.per_device
             )
 
     def propose(

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 DELTA_CLAMP = math.log(1000 / 16)  # of dw and dh: no box grows more than 62.5-fold
+_LARGEST = 1e37  # square pixels, beyond any area of a box
 
 
 def area(boxes: jax.Array) -> jax.Array:
@@ -20,13 +21,17 @@ def area(boxes: jax.Array) -> jax.Array:
 
 
 def iou(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Intersection over union [r m] of every box of a [r 4] with every one of b [m 4]; 0 wherever one is empty."""
+    """Intersection over union [r m] of every box of a [r 4] with every one of b [m 4]; 0 wherever one is empty.
+
+    The same bits wherever it is compiled, also where a compiler computes it several times for several uses: the only
+    freedom it has is to fuse a product and a sum, which it rounds once then, and no sum here is of a bare product.
+    """
     ax1, ay1, ax2, ay2 = (x[:, None] for x in _columns(a))
     bx1, by1, bx2, by2 = _columns(b)
     w = jnp.maximum(jnp.minimum(ax2, bx2) - jnp.maximum(ax1, bx1), 0)
     h = jnp.maximum(jnp.minimum(ay2, by2) - jnp.maximum(ay1, by1), 0)
-    inter = w * h
-    union = area(a)[:, None] + area(b) - inter
+    inter = jnp.minimum(w * h, _LARGEST)
+    union = jnp.minimum(area(a), _LARGEST)[:, None] + jnp.minimum(area(b), _LARGEST) - inter
     return inter / jnp.where(inter > 0, union, 1)
 
 

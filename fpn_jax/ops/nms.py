@@ -6,10 +6,12 @@ of its group overlaps it by more than the threshold.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fpn_jax.ops.boxes import iou
 
 BLOCK = 256  # candidates that nms_top looks at together
+WORD = 32  # bits of the numbers that hold the matrix of suppression
 
 
 def nms(
@@ -18,14 +20,19 @@ def nms(
     """Which boxes greedy NMS keeps, bool [r].
 
     boxes [r 4] pixels, scores [r], valid [r] (the others are neither kept nor suppress), threshold: an IoU above it
-    (not equal) suppresses; groups int32 [r]: boxes of different groups leave each other alone. Memory is r * r bytes.
+    (not equal) suppresses; groups int32 [r]: boxes of different groups leave each other alone. Memory is
+    r * r / 8 bytes.
     """
-    index = jnp.arange(scores.shape[0])
+    r = scores.shape[0]
+    more = -r % WORD  # so that the matrix need not be filled up
+    boxes, scores, valid = jnp.pad(boxes, ((0, more), (0, 0))), jnp.pad(scores, (0, more)), jnp.pad(valid, (0, more))
+    index = jnp.arange(r + more)
     better = (scores[:, None] > scores) | ((scores[:, None] == scores) & (index[:, None] < index))
     suppresses = better & valid[:, None] & valid & (iou(boxes, boxes) > threshold)
     if groups is not None:
+        groups = jnp.pad(groups, (0, more))
         suppresses &= groups[:, None] == groups
-    return _settle(suppresses, valid)
+    return _settle(suppresses, valid)[:r]
 
 
 def _settle(suppresses: jax.Array, candidates: jax.Array) -> jax.Array:
@@ -33,7 +40,9 @@ def _settle(suppresses: jax.Array, candidates: jax.Array) -> jax.Array:
 
     kept = candidates not suppressed by any kept box. `suppresses` follows a strict order, so there is exactly one
     solution, and repeated substitution reaches it in as many rounds as the longest chain of suppression has links.
+    Every round reads the matrix, which is why it is packed into bits.
     """
+    words = _pack(suppresses)
 
     def changed(state):
         kept, before = state
@@ -41,9 +50,18 @@ def _settle(suppresses: jax.Array, candidates: jax.Array) -> jax.Array:
 
     def substitute(state):
         kept, _ = state
-        return candidates & ~jnp.any(suppresses & kept[:, None], axis=0), kept
+        return candidates & ~jnp.any(words & _pack(kept)[:, None], axis=0), kept
 
     return jax.lax.while_loop(changed, substitute, substitute((candidates, candidates)))[0]
+
+
+def _pack(bits: jax.Array) -> jax.Array:
+    """bool [r ...] -> uint32 [r/32 ...]: of every 32 rows one word, the first its lowest bit, filled up with zeros."""
+    rows = -(-bits.shape[0] // WORD)
+    bits = jnp.pad(bits, [(0, WORD * rows - bits.shape[0]), *[(0, 0)] * (bits.ndim - 1)])
+    bits = bits.reshape(rows, WORD, *bits.shape[1:])
+    place = np.uint32(1) << np.arange(WORD, dtype=np.uint32).reshape(WORD, *[1] * (bits.ndim - 2))
+    return jnp.where(bits, place, 0).sum(axis=1, dtype=jnp.uint32)
 
 
 def nms_top(

@@ -76,9 +76,15 @@ def test_rpn_losses_by_hand():
     valid = jnp.array([[True, False], [False, False]])
     logits = jnp.array([[2.0, -1.0, 0.5, 3.0], [0.0, 0.0, 0.0, 0.0]])
     deltas = jnp.zeros((2, 4, 4)).at[0, 0, 0].set(0.5).at[0, 1, 3].set(1.0)
-    settings = RPNSettings(samples=4, positive_fraction=0.5, sampling="first", beta=0.0)
+    levels = {"levels": (2, 3), "sizes": ((8,), (16,)), "ratios": (0.5, 1.0)}
+    settings = RPNSettings(samples=4, positive_fraction=0.5, sampling="first", beta=0.0, **levels)
+    by_level = (
+        {2: logits[:, :2], 3: logits[:, 2:]},
+        {2: deltas[:, :2], 3: deltas[:, 2:]},
+        {2: anchors[:2], 3: anchors[2:]},
+    )
     losses, statistics = jax.jit(rpn.rpn_losses, static_argnums=0)(
-        settings, logits, deltas, anchors, boxes, valid, jax.random.split(jax.random.key(0))
+        settings, *by_level, boxes, valid, jax.random.split(jax.random.key(0))
     )
     # Image 0: IoU 1, 0.8, 0, 0.5: two positives, one negative, one left out. Image 1: four negatives, all at logit 0.
     bce = np.log1p(np.exp(-2)) + np.log1p(np.exp(1)) + np.log1p(np.exp(0.5)) + 4 * np.log(2)
@@ -168,7 +174,7 @@ def test_no_limit_before_nms_is_nms_over_all_anchors():
     size = jnp.array([[100, 100], [60, 100]])
 
     def proposals(before):
-        settings = rpn.RPNSettings(levels=(2,), sizes=((8,),), pre_nms_test=before, post_nms_test=100)
+        settings = rpn.RPNSettings(levels=(2,), sizes=((8,),), ratios=(1.0,), pre_nms_test=before, post_nms_test=100)
         return rpn.propose(settings, logits, deltas, anchors, size, False)
 
     all_of_them, none, few = proposals(300), proposals(0), proposals(60)

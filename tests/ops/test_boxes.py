@@ -52,6 +52,21 @@ def test_iou_is_that_of_a_loop():
     assert got[-5, -4] == got[-5, -5] == 1  # duplicates
 
 
+@pytest.mark.parametrize("of", [lambda x: x, lambda x: x.max(0), lambda x: x.max(1)], ids=["all", "columns", "rows"])
+def test_iou_has_the_same_bits_whatever_it_is_compiled_with(of):
+    """Those of NumPy, which rounds every product; a compiler may fuse one with a sum here and not there."""
+    rng = np.random.default_rng(0)
+    a, b = random_boxes(rng, 40), random_boxes(rng, 1000)
+    x1, y1, x2, y2 = (a.T[i][:, None] for i in range(4))
+    w, h = np.minimum(x2, b[:, 2]) - np.maximum(x1, b[:, 0]), np.minimum(y2, b[:, 3]) - np.maximum(y1, b[:, 1])
+    inter = np.maximum(w, 0) * np.maximum(h, 0)
+    union = (x2 - x1) * (y2 - y1) + (b[:, 2] - b[:, 0]) * (b[:, 3] - b[:, 1]) - inter
+    assert union.dtype == np.float32
+    as_in_use = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+    compiled = jax.jit(lambda a, b: of(box_ops.iou(a, b))).lower(a, b).compile(as_in_use)
+    np.testing.assert_array_equal(compiled(a, b), of(inter / union))
+
+
 def test_iou_of_no_boxes():
     assert iou(jnp.zeros((0, 4)), jnp.zeros((3, 4))).shape == (0, 3)
 

@@ -13,6 +13,11 @@ from fpn_jax.ops.matching import BELOW, BETWEEN
 
 match = jax.jit(matching.match, static_argnames=("high", "low", "low_quality"))
 
+FORMS = (
+    lambda objects, boxes, *rest: matching.match(iou(objects, boxes), *rest),
+    matching.match_one_by_one,
+    matching.match_boxes,
+)
 RULES = [(0.75, 0.25, True), (0.75, 0.25, False), (0.5, 0.5, False), (0.5, 0.5, True)]
 
 
@@ -61,12 +66,36 @@ def test_every_object_keeps_its_best_anchors_when_compiled_with_the_iou():
     anchors = np.concatenate([corners, corners + rng.uniform(10, 90, (8, 400, 2))], -1).astype(np.float32)
     gt = (anchors[:, :6] + rng.uniform(-9, 9, (8, 6, 4))).astype(np.float32)
     valid = np.ones((8, 6), bool)
-    got = jax.jit(jax.vmap(lambda g, a, v: match(iou(g, a), v, high=0.99, low=0.3, low_quality=True)))(
-        gt, anchors, valid
+    for form in FORMS:
+        got = jax.jit(jax.vmap(lambda *x, form=form: form(*x, 0.99, 0.3, True)))(gt, anchors, valid)
+        for b in range(8):
+            best = np.asarray(jax.jit(iou)(gt[b], anchors[b])).argmax(axis=1)
+            assert (np.asarray(got[b])[best] >= 0).all()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_both_forms_match_boxes_alike(rule):
+    """Small whole numbers make ties, between objects and between boxes; some objects are not numbers."""
+    rng = np.random.default_rng(2)
+    corners = rng.integers(0, 6, (20, 46, 2))
+    boxes = np.concatenate([corners, corners + rng.integers(0, 4, (20, 46, 2))], -1).astype(np.float32)
+    objects, boxes = boxes[:, :6], boxes[:, 6:]
+    objects[15:, 2] = np.nan
+    valid = rng.uniform(size=(20, 6)) < 0.7
+    valid[0] = False
+    quality = np.asarray(jax.jit(jax.vmap(iou))(objects, boxes))
+    expected = np.array([slow_match(q, v, *rule) for q, v in zip(quality[:15], valid[:15], strict=True)])
+    first, second, chosen = (
+        np.asarray(jax.jit(jax.vmap(lambda *x, f=f: f(*x, *rule)))(objects, boxes, valid)) for f in FORMS
     )
-    for b in range(8):
-        best = np.asarray(jax.jit(iou)(gt[b], anchors[b])).argmax(axis=1)
-        assert (np.asarray(got[b])[best] >= 0).all()
+    np.testing.assert_array_equal(first[:15], expected)
+    np.testing.assert_array_equal(second, first)
+    np.testing.assert_array_equal(chosen, first)
+    # With such an object there is no best one: no box belongs to any, but for those that are some object's best.
+    poisoned = valid[15:, 2]
+    tied = (quality == quality.max(2, keepdims=True)) & valid[..., None]
+    assert poisoned.any()
+    np.testing.assert_array_equal(first[15:][poisoned], np.where(rule[2] & tied.any(1)[15:][poisoned], 2, BETWEEN))
 
 
 def test_goldens(data_dir):

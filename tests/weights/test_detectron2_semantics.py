@@ -321,13 +321,16 @@ def test_rpn_losses_are_divided_by_the_nominal_number():
     """All anchors are drawn: there are fewer than 256. The second image has no objects."""
     rng = np.random.default_rng(0)
     grids = {2: (4, 5), 3: (2, 3), 4: (1, 2), 5: (1, 1), 6: (1, 1)}
-    anchors = np.concatenate(list(rpn.make_anchors(RPN, grids, (16, 20)).values()))
+    by_level = rpn.make_anchors(RPN, grids, (16, 20))
+    anchors = np.concatenate(list(by_level.values()))
     objects = np.float32([[[-10, -8, 14, 15], [3, 1, 40, 50], [0, 0, 7, 6]], np.zeros((3, 4))])
     valid = np.array([[True] * 3, [False] * 3])
     logits = rng.normal(size=(2, len(anchors))).astype(np.float32)
     deltas = rng.normal(size=(2, len(anchors), 4)).astype(np.float32)
     keys = jax.random.split(jax.random.key(0), 2)
-    losses, _ = jax.jit(rpn.rpn_losses, static_argnums=0)(RPN, logits, deltas, anchors, objects, valid, keys)
+    cuts = np.cumsum([len(x) for x in by_level.values()])[:-1]
+    predicted = (dict(zip(grids, np.split(x, cuts, axis=1), strict=True)) for x in (logits, deltas))
+    losses, _ = jax.jit(rpn.rpn_losses, static_argnums=0)(RPN, *predicted, by_level, objects, valid, keys)
     bce = l1 = positives = 0
     for i in range(2):
         for j, match in enumerate(slow_matches(objects[i][valid[i]], anchors, 0.7, 0.3, True)):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from fpn_jax.models.layers import conv_norm, lecun_uniform, relu
 from fpn_jax.ops import boxes as box_ops
 from fpn_jax.ops.losses import smooth_l1, softmax_ce
-from fpn_jax.ops.matching import BELOW, match
+from fpn_jax.ops.matching import BELOW, match_boxes
 from fpn_jax.ops.nms import nms_top
 from fpn_jax.ops.roi_align import multilevel_roi_align, roi_levels
 from fpn_jax.ops.roi_pool import multilevel_roi_pool
@@ -158,7 +158,7 @@ def sample_rois(
     def one(proposals, usable, boxes, labels, valid, key):
         if settings.add_ground_truth:
             proposals, usable = jnp.concatenate([proposals, boxes]), jnp.concatenate([usable, valid])
-        matched = match(box_ops.iou(boxes, proposals), valid, settings.positive_iou, settings.positive_iou, False)
+        matched = match_boxes(boxes, proposals, valid, settings.positive_iou, settings.positive_iou, False)
         key = key if settings.sampling == "random" else None
         drawn = sample(
             key,

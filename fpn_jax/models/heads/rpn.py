@@ -13,7 +13,7 @@ from fpn_jax.models.layers import Affine, Conv, affine_maps, relu
 from fpn_jax.ops import anchors as anchor_ops
 from fpn_jax.ops import boxes as box_ops
 from fpn_jax.ops.losses import sigmoid_bce, smooth_l1
-from fpn_jax.ops.matching import BELOW, match
+from fpn_jax.ops.matching import BELOW, match_boxes
 from fpn_jax.ops.nms import nms, nms_top
 from fpn_jax.ops.sampling import sample
 from fpn_jax.types import PerDevice, together
@@ -52,6 +52,10 @@ class RPNSettings:
     min_size: float = 1e-3  # pixels; detectron2: larger than 0
     score_threshold: float = 0.0  # of proposals; torchvision's MobileNet detectors: 0.05
 
+    def anchors_per_cell(self, level: int) -> int:
+        """How many anchors a cell of the map of `level` has."""
+        return len(self.sizes[self.levels.index(level)]) * len(self.ratios)
+
 
 class Proposals(NamedTuple):
     """Regions that may hold an object, best first."""
@@ -63,7 +67,7 @@ class Proposals(NamedTuple):
 
 
 class RPNHead(nn.Module):
-    """{l: P_l} -> {l: logits [b r]}, {l: deltas [b r 4]}: `convs` 3x3 convolutions and two 1x1.
+    """{l: P_l} -> {l: logits [b r]}, {l: deltas [b r 4]}, in `dtype`: `convs` 3x3 convolutions and two 1x1.
 
     r runs over rows, columns, anchors of the cell.
 
@@ -100,8 +104,7 @@ class RPNHead(nn.Module):
                 x = relu(conv(x))
             b = x.shape[0]
             logits, offsets = affine_maps(x, objectness, deltas)
-            all_logits[level] = logits.reshape(b, -1).astype(jnp.float32)
-            all_deltas[level] = offsets.reshape(b, -1, 4).astype(jnp.float32)
+            all_logits[level], all_deltas[level] = logits.reshape(b, -1), offsets.reshape(b, -1, 4)
         return all_logits, all_deltas
 
 
@@ -128,8 +131,9 @@ def label_anchors(
     anchors [r 4], boxes [m 4], valid [m]; `match` as `fpn_jax.ops.matching.match` gives it, `index` the anchors that
     were drawn. key None draws the first candidates.
     """
-    matched = match(
-        box_ops.iou(boxes, anchors),
+    matched = match_boxes(
+        boxes,
+        anchors,
         valid,
         settings.positive_iou,
         settings.negative_iou,
@@ -139,11 +143,23 @@ def label_anchors(
     return matched, drawn.index, drawn.positive, drawn.valid
 
 
+def take_anchors(values: jax.Array, index: jax.Array, per_cell: int) -> jax.Array:
+    """values[index] in float32, of one image's `values` [r ...], whose `per_cell` anchors of a cell are neighbours.
+
+    Reads whole cells and then picks from them: so a convolution leaves its output. For anchors alone a TPU would
+    copy all `values`, and their gradient, to where an anchor's four lie in a row of 128.
+    """
+    cells = values.reshape(values.shape[0] // per_cell, -1)[index // per_cell]
+    of_cell = cells.reshape(*index.shape, per_cell, *values.shape[1:])
+    own = jnp.arange(per_cell) == index[:, None] % per_cell
+    return jnp.where(own.reshape(*own.shape, *[1] * (values.ndim - 1)), of_cell, 0).sum(1).astype(jnp.float32)
+
+
 def rpn_losses(
     settings: RPNSettings,
-    logits: jax.Array,
-    deltas: jax.Array,
-    anchors: np.ndarray,
+    logits: Mapping[int, jax.Array],
+    deltas: Mapping[int, jax.Array],
+    anchors: Mapping[int, np.ndarray],
     boxes: jax.Array,
     valid: jax.Array,
     keys: jax.Array,
@@ -152,17 +168,29 @@ def rpn_losses(
     """Objectness and box losses over the sampled anchors of the whole batch, both sums divided by their number (see
     `RPNSettings.normalizer`).
 
-    logits [b r], deltas [b r 4], anchors [r 4] (all levels, one after another), boxes [b m 4], valid [b m],
-    keys [b]. Returns (losses, statistics). Source: Faster R-CNN, equation 1; normalisers as torchvision's.
+    logits {l: [b r]}, deltas {l: [b r 4]}, anchors {l: [r 4]}, boxes [b m 4], valid [b m], keys [b]. Returns (losses,
+    statistics). Source: Faster R-CNN, equation 1; normalisers as torchvision's.
     """
+    images = boxes.shape[0]
+    flat_anchors = jnp.concatenate([jnp.asarray(x) for x in anchors.values()])
+    ends = np.cumsum([len(x) for x in anchors.values()])
+
+    def of_drawn(values, index):
+        """Of all levels' values {l: [r ...]} those of the anchors `index`, which counts through all levels."""
+        found = 0
+        for (level, x), end in zip(values.items(), ends, strict=True):
+            here = (index >= end - len(x)) & (index < end)
+            taken = take_anchors(x, jnp.where(here, index - (end - len(x)), 0), settings.anchors_per_cell(level))
+            found += jnp.where(here.reshape(-1, *[1] * (x.ndim - 1)), taken, 0)
+        return found
 
     def image_terms(logits, deltas, boxes, valid, key):
         key = key if settings.sampling == "random" else None
-        matched, index, positive, drawn = label_anchors(settings, anchors, boxes, valid, key)
-        drawn_anchors = jnp.asarray(anchors)[index]
+        matched, index, positive, drawn = label_anchors(settings, flat_anchors, boxes, valid, key)
+        drawn_anchors = flat_anchors[index]
         target = box_ops.encode(boxes[jnp.maximum(matched[index], 0)], drawn_anchors, settings.delta_weights)
-        box_loss = smooth_l1(deltas[index], target, settings.beta).sum(-1)
-        bce = sigmoid_bce(logits[index], positive.astype(jnp.float32))
+        box_loss = smooth_l1(of_drawn(deltas, index), target, settings.beta).sum(-1)
+        bce = sigmoid_bce(of_drawn(logits, index), positive.astype(jnp.float32))
         return (
             jnp.where(drawn, bce, 0).sum(),
             jnp.where(positive & drawn, box_loss, 0).sum(),
@@ -170,11 +198,11 @@ def rpn_losses(
             (positive & drawn).sum(),
         )
 
-    terms = per_device(jax.vmap(image_terms))(logits, deltas, boxes, valid, keys)
+    terms = per_device(jax.vmap(image_terms))(dict(logits), dict(deltas), boxes, valid, keys)
     bce, box, drawn, positive = (x.sum() for x in terms)
-    count = {"sampled": jnp.maximum(drawn, 1), "nominal": logits.shape[0] * settings.samples}[settings.normalizer]
+    count = {"sampled": jnp.maximum(drawn, 1), "nominal": images * settings.samples}[settings.normalizer]
     losses = {"rpn_objectness": bce / count, "rpn_box": box / count}
-    return losses, {"rpn_positives": positive / logits.shape[0]}
+    return losses, {"rpn_positives": positive / images}
 
 
 def propose(
@@ -195,12 +223,12 @@ def propose(
     before = settings.pre_nms_train if train else settings.pre_nms_test
     after = settings.post_nms_train if train else settings.post_nms_test
 
-    def level_candidates(logits, deltas, anchors, size):
-        anchors = jnp.asarray(anchors)
+    def level_candidates(level, logits, deltas, anchors, size):
+        logits, anchors = logits.astype(jnp.float32), jnp.asarray(anchors)
         if before:
             logits, best = jax.lax.top_k(logits, min(before, logits.shape[0]))
-            deltas, anchors = deltas[best], anchors[best]
-        boxes = box_ops.clip(box_ops.decode(deltas, anchors, settings.delta_weights), size)
+            deltas, anchors = take_anchors(deltas, best, settings.anchors_per_cell(level)), anchors[best]
+        boxes = box_ops.clip(box_ops.decode(deltas.astype(jnp.float32), anchors, settings.delta_weights), size)
         good = box_ops.is_larger(boxes, settings.min_size) & (jax.nn.sigmoid(logits) >= settings.score_threshold)
         if before:
             return boxes, jnp.where(nms(boxes, logits, good, settings.nms_iou), logits, -jnp.inf)
@@ -208,7 +236,7 @@ def propose(
         return boxes[index], jnp.where(keep, logits[index], -jnp.inf)
 
     def image_proposals(logits, deltas, size):
-        boxes, kept = zip(*(level_candidates(logits[x], deltas[x], anchors[x], size) for x in logits), strict=True)
+        boxes, kept = zip(*(level_candidates(x, logits[x], deltas[x], anchors[x], size) for x in logits), strict=True)
         levels = np.repeat(np.int32(list(logits)), [len(x) for x in kept])
         boxes, kept = jnp.concatenate(boxes), jnp.concatenate(kept)
         kept, best = jax.lax.top_k(kept, min(after, kept.shape[0]))
