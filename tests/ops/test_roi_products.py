@@ -24,6 +24,7 @@ def rois_of_all_levels(b=2, r=90):
     sides, centres = np.exp(rng.uniform(0, 5, (b, r, 2))), rng.uniform(-5, 75, (b, r, 2))
     rois = np.concatenate([centres - sides / 2, centres + sides / 2], -1).astype(np.float32)
     rois[1] = np.where((rois[1, :, 2:] - rois[1, :, :2]).prod(-1, keepdims=True) < 900, rois[1], [[9, 4, 20, 12]])
+    rois[:, -1] = [9, 4, 20, 12]  # what places without a RoI would be filled with
     rois[:, :3] = np.float32([[0, 0, 0, 0], [-np.inf, 0, np.inf, 9], [np.nan] * 4])
     return rois
 
