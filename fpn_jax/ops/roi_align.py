@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fpn_jax.ops.boxes import area
+from fpn_jax.ops.roi_points import corner_and_sides, neighbours
+from fpn_jax.ops.roi_products import Sampling, align_by_products
 from fpn_jax.ops.rounds import IMAGES, Pieces, Table, in_pieces, map_table, pyramid_table, sort_into_pieces
 
 
@@ -66,8 +68,21 @@ def multilevel_roi_align(
 
     rois [b r 4] in pixels; a cell of level l is 2**l pixels wide. The rest as for `roi_align` and `roi_levels`.
     """
-    cells, table = pyramid_table(pyramid, roi_levels(rois, sorted(pyramid), k0, canonical, eps))
-    return _align_images(cells, rois, table, size, sampling_ratio, aligned)
+    levels = sorted(pyramid)
+
+    def by_cells(pyramid, rois, level):
+        cells, table = pyramid_table(pyramid, level)
+        return _align_images(cells, rois, table, size, sampling_ratio, aligned)
+
+    def by_products(pyramid, rois, level):
+        position = jnp.searchsorted(np.int32(levels), level, method="compare_all")
+        sampling = Sampling(tuple(2.0**-x for x in levels), size, sampling_ratio, aligned)
+        return align_by_products([pyramid[x] for x in levels], rois, position, sampling)
+
+    given = pyramid, rois, roi_levels(rois, levels, k0, canonical, eps)
+    if sampling_ratio <= 0:
+        return by_cells(*given)
+    return jax.lax.platform_dependent(*given, tpu=by_products, default=by_cells)
 
 
 def _align_images(
@@ -93,17 +108,14 @@ class _Axis(NamedTuple):
 
 def _points(rois: jax.Array, table: Table, size: int, sampling_ratio: int, aligned: bool) -> tuple[_Axis, _Axis]:
     """The (vertical, horizontal) sampling points of rois [r 4], table of [r]."""
-    corners = rois.astype(jnp.float32) * table.scale[..., None] - (0.5 if aligned else 0.0)
-    sides = corners[:, 2:] - corners[:, :2]
-    if not aligned:
-        sides = jnp.maximum(sides, 1)
+    corner, sides = corner_and_sides(rois, table.scale, aligned)
     bins = sides / size
     points = jnp.full_like(bins, sampling_ratio)
     if sampling_ratio <= 0:  # compilers divide by multiplying with 1 / size, which may end just above a whole number
         points = jnp.ceil(bins)
         points = jnp.where(points > 0, points - ((points - 1) * size >= sides), 0)
-    y = _Axis(corners[:, 1], bins[:, 1], points[:, 1], table.height, table.width, table.start)
-    x = _Axis(corners[:, 0], bins[:, 0], points[:, 0], table.width, jnp.ones_like(table.width), 0 * table.start)
+    y = _Axis(corner[:, 1], bins[:, 1], points[:, 1], table.height, table.width, table.start)
+    x = _Axis(corner[:, 0], bins[:, 0], points[:, 0], table.width, jnp.ones_like(table.width), 0 * table.start)
     return y, x
 
 
@@ -114,13 +126,8 @@ def _neighbours(axis: _Axis, point: int | jax.Array, size: int) -> tuple[jax.Arr
     """
     start, side, points, length, stride, offset = (x[:, None] for x in axis)
     point = jnp.reshape(point, (-1, 1))
-    at = start + jnp.arange(size, dtype=jnp.float32) * side + (point + 0.5) * side / jnp.maximum(points, 1)
-    counts = (at >= -1) & (at <= length) & (point < points)
-    at = jnp.where(counts, jnp.clip(at, 0, length - 1), 0)  # also where `at` is NaN: the cells must be in the table
-    low = jnp.floor(at)
-    weights = jnp.stack([1 - (at - low), at - low], axis=-1) * (counts / jnp.maximum(points, 1))[..., None]
-    low = low.astype(jnp.int32)
-    cells = jnp.stack([low, jnp.minimum(low + 1, length - 1)], axis=-1)
+    both = neighbours(start, side, points, length, jnp.arange(size, dtype=jnp.float32), point)
+    cells, weights = (jnp.stack(x, axis=-1) for x in both)
     return offset[..., None] + cells * stride[..., None], weights
 
 
