@@ -34,7 +34,10 @@ class RPN(Detector, kw_only=True):
     def predict_anchors(
         self, pyramid: dict[int, jax.Array], image_size: tuple[int, int]
     ) -> tuple[dict[int, jax.Array], dict[int, jax.Array], dict[int, np.ndarray]]:
-        """(logits {l: [b r]}, deltas {l: [b r 4]}, anchors {l: [r 4]}), r over the anchors of each level."""
+        """(logits {l: [b r]}, deltas {l: [b r 4]}, anchors {l: [r 4]}), r over the anchors of each level.
+
+        Logits and deltas are of the head's dtype.
+        """
         pyramid = {level: pyramid[level] for level in self.rpn_settings.levels}
         with jax.named_scope("rpn_head"):
             logits, deltas = self.rpn_head(pyramid)

@@ -15,20 +15,23 @@ WORD = 32  # bits of the numbers that hold the matrix of suppression
 
 
 def nms(
-    boxes: jax.Array, scores: jax.Array, valid: jax.Array, threshold: float, groups: jax.Array | None = None
+    boxes: jax.Array, scores: jax.Array | None, valid: jax.Array, threshold: float, groups: jax.Array | None = None
 ) -> jax.Array:
     """Which boxes greedy NMS keeps, bool [r].
 
-    boxes [r 4] pixels, scores [r], valid [r] (the others are neither kept nor suppress), threshold: an IoU above it
-    (not equal) suppresses; groups int32 [r]: boxes of different groups leave each other alone. Memory is
-    r * r / 8 bytes.
+    boxes [r 4] pixels, scores [r], or None where the boxes are sorted, best first; valid [r] (the others are neither
+    kept nor suppress), threshold: an IoU above it (not equal) suppresses; groups int32 [r]: boxes of different groups
+    leave each other alone. Memory is r * r / 8 bytes.
     """
-    r = scores.shape[0]
+    r = boxes.shape[0]
     more = -r % WORD  # so that the matrix need not be filled up
-    boxes, scores, valid = jnp.pad(boxes, ((0, more), (0, 0))), jnp.pad(scores, (0, more)), jnp.pad(valid, (0, more))
+    boxes, valid = jnp.pad(boxes, ((0, more), (0, 0))), jnp.pad(valid, (0, more))
     index = jnp.arange(r + more)
-    better = (scores[:, None] > scores) | ((scores[:, None] == scores) & (index[:, None] < index))
-    suppresses = better & valid[:, None] & valid & (iou(boxes, boxes) > threshold)
+    better = index[:, None] < index
+    if scores is not None:
+        scores = jnp.pad(scores, (0, more))
+        better = (scores[:, None] > scores) | ((scores[:, None] == scores) & better)
+    suppresses = better & (iou(boxes, boxes) > threshold)
     if groups is not None:
         groups = jnp.pad(groups, (0, more))
         suppresses &= groups[:, None] == groups
@@ -36,7 +39,7 @@ def nms(
 
 
 def _settle(suppresses: jax.Array, candidates: jax.Array) -> jax.Array:
-    """The kept boxes [r], given suppresses [r r] (row suppresses column) and candidates [r].
+    """The kept boxes [r], given suppresses [r r] (row suppresses column, if it is kept) and candidates [r].
 
     kept = candidates not suppressed by any kept box. `suppresses` follows a strict order, so there is exactly one
     solution, and repeated substitution reaches it in as many rounds as the longest chain of suppression has links.

@@ -94,6 +94,21 @@ def test_rpn_losses_by_hand():
     assert statistics["rpn_positives"] == 1.0
 
 
+@pytest.mark.parametrize("last", [(), (4,)])
+def test_anchors_taken_by_cells_are_those_of_the_index(last):
+    """Also beside a NaN of the same cell, and with the gradient of plain indexing."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(12, *last)).astype(np.float32)
+    index, weights = np.array([0, 4, 11, 5, 4]), rng.normal(size=(5, *last)).astype(np.float32)
+    values[3] = np.nan
+    taken, pull = jax.vjp(lambda x: rpn.take_anchors(x, index, 3), jnp.asarray(values))
+    np.testing.assert_array_equal(taken, values[index])
+    expected = np.zeros_like(values)
+    np.add.at(expected, index, weights)
+    np.testing.assert_array_equal(pull(jnp.asarray(weights))[0], expected)
+    assert rpn.take_anchors(jnp.asarray(values, jnp.bfloat16), index, 3).dtype == jnp.float32
+
+
 def test_rois_are_sampled_by_overlap_and_get_their_class_slot():
     settings = BoxSettings(samples=4, positive_fraction=0.5, sampling="first")
     proposals = jnp.array([[[0, 0, 10, 10.0], [0, 0, 10, 4], [40, 40, 50, 50], [0, 0, 10, 9]]])

@@ -84,6 +84,18 @@ def test_nms_top_is_the_head_of_greedy_in_blocks_of_any_size(batch, monkeypatch,
         assert got[used].tolist() == expected, name
 
 
+def test_sorted_boxes_need_no_scores(batch):
+    boxes, scores, valid, groups = batch
+    order = np.argsort(-scores, kind="stable")
+    in_order = [
+        np.take_along_axis(x, order.reshape(*order.shape, *[1] * (x.ndim - 2)), 1) for x in (boxes, valid, groups)
+    ]
+    kept = jax.jit(jax.vmap(lambda boxes, valid, groups: nms(boxes, None, valid, 0.5, groups)))(*in_order)
+    expected = jax.jit(jax.vmap(lambda *x: nms(*x[:3], 0.5, x[3])))(*batch)
+    np.testing.assert_array_equal(kept, np.take_along_axis(np.asarray(expected), order, 1))
+    assert kept.any()
+
+
 def test_alternate_links_of_a_chain_survive():
     boxes, scores, valid, _ = cases()["longest chain"]
     assert np.flatnonzero(nms(boxes, scores, valid, 0.5)).tolist() == list(range(0, R, 2))

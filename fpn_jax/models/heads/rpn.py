@@ -231,7 +231,7 @@ def propose(
         boxes = box_ops.clip(box_ops.decode(deltas.astype(jnp.float32), anchors, settings.delta_weights), size)
         good = box_ops.is_larger(boxes, settings.min_size) & (jax.nn.sigmoid(logits) >= settings.score_threshold)
         if before:
-            return boxes, jnp.where(nms(boxes, logits, good, settings.nms_iou), logits, -jnp.inf)
+            return boxes, jnp.where(nms(boxes, None, good, settings.nms_iou), logits, -jnp.inf)
         index, keep = nms_top(boxes, logits, good, settings.nms_iou, min(after, logits.shape[0]))
         return boxes[index], jnp.where(keep, logits[index], -jnp.inf)
 
