@@ -97,10 +97,33 @@ class Conv(nn.Module):
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
             feature_group_count=self.groups,
         )
+        if self.stride == 2 and x.shape[3] <= 4 and self.groups == 1:
+            return jax.lax.platform_dependent(x, kernel, tpu=space_to_depth_conv, default=direct)
         products = x.shape[1] * x.shape[2] * x.shape[3] * self.features
         if products < _WINOGRAD_FROM or (self.kernel, self.stride, self.groups) != (3, 1, 1) or x.dtype != jnp.float32:
             return direct(x, kernel)
         return jax.lax.platform_dependent(x, kernel, cpu=conv3x3, default=direct)
+
+
+def space_to_depth_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The convolution of x [b h w c] by kernel [k k c f], k odd, with stride 2 and k // 2 zeros on every side.
+
+    Written as one of stride 1 over blocks of 2 x 2 cells with 4 c channels, as in MLPerf's ResNet: with the 3 of
+    an image, a TPU first copies it so that its images lie in lanes, few as they are of 128 (benchmarks/LOG.md).
+    """
+    k, _, c, features = kernel.shape
+    front = k // 2 % 2  # zeros before the kernel, so that it begins with a block
+    blocks, before = (k + front + 1) // 2, (k // 2 + front) // 2
+    kernel = jnp.pad(kernel, ((front, 2 * blocks - k - front), (front, 2 * blocks - k - front), (0, 0), (0, 0)))
+    kernel = kernel.reshape(blocks, 2, blocks, 2, c, features).transpose(0, 2, 1, 3, 4, 5)
+    x = jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)))
+    return jax.lax.conv_general_dilated(
+        jnp.concatenate([x[:, i::2, j::2] for i in range(2) for j in range(2)], -1),
+        kernel.reshape(blocks, blocks, 4 * c, features),
+        window_strides=(1, 1),
+        padding=((before, blocks - 1 - before),) * 2,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
 
 
 class Affine(nn.Module):
@@ -273,8 +296,17 @@ def max_pool(x: jax.Array, window: int, stride: int) -> jax.Array:
     """Maximum over windows of x [b h w c], padded by window // 2 on every side with values that never win.
 
     Written as maxima of shifted copies, first over rows, then over columns: the gradient of XLA's own windowed
-    maximum is a scatter, which on a CPU costs more than the convolutions around it.
+    maximum is a scatter, which on a CPU costs more than the convolutions around it. TPUs, where such copies are dear,
+    take XLA's own, with the gradient of the other.
     """
+    how = {"window": window, "stride": stride}
+    return jax.lax.platform_dependent(
+        x, tpu=functools.partial(max_of_windows, **how), default=functools.partial(max_of_shifted, **how)
+    )
+
+
+def max_of_shifted(x: jax.Array, window: int, stride: int) -> jax.Array:
+    """`max_pool` as maxima of shifted copies."""
     pad = window // 2
     x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)), constant_values=-jnp.inf)
     for axis in (1, 2):
@@ -282,6 +314,26 @@ def max_pool(x: jax.Array, window: int, stride: int) -> jax.Array:
         shifted = (jax.lax.slice_in_dim(x, i, i + last + 1, stride, axis) for i in range(window))
         x = functools.reduce(jnp.maximum, shifted)
     return x
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def max_of_windows(x: jax.Array, window: int, stride: int) -> jax.Array:
+    """`max_pool` as XLA's windowed maximum."""
+    pad = window // 2
+    shape, strides, padding = (1, window, window, 1), (1, stride, stride, 1), ((0, 0), (pad, pad), (pad, pad), (0, 0))
+    return jax.lax.reduce_window(x, np.array(-np.inf, x.dtype), jax.lax.max, shape, strides, padding)
+
+
+def _windows_forward(x: jax.Array, window: int, stride: int) -> tuple[jax.Array, jax.Array]:
+    return max_of_windows(x, window, stride), x
+
+
+def _windows_backward(window: int, stride: int, x: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+    _, pull = jax.vjp(lambda x: max_of_shifted(x, window, stride), x)
+    return pull(gradient)
+
+
+max_of_windows.defvjp(_windows_forward, _windows_backward)
 
 
 ORDERS = {"rgb": 1, "bgr": -1}  # order of the channels -> step through RGB

@@ -1,5 +1,7 @@
 """Shapes and arithmetic of the bottom-up and the top-down pathway."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,10 +11,12 @@ from fpn_jax.models.backbones.resnet import ResNet
 from fpn_jax.models.layers import (
     Conv,
     Pixels,
+    max_of_windows,
     max_pool,
     normalize_pixels,
     repeat_by_index,
     repeat_by_products,
+    space_to_depth_conv,
     upsample_nearest,
 )
 from fpn_jax.models.necks.fpn import FPN
@@ -115,9 +119,39 @@ def test_conv_pads_symmetrically(kernel, stride):
     np.testing.assert_allclose(layer.apply(variables, x), expected, atol=1e-5)
 
 
-def test_max_pool_never_picks_the_padding():
+@pytest.mark.parametrize("pool", [max_pool, max_of_windows])
+def test_max_pool_never_picks_the_padding(pool):
     x = -np.arange(1.0, 17).reshape(1, 4, 4, 1)
-    np.testing.assert_array_equal(max_pool(jnp.asarray(x), 3, 2)[0, ..., 0], [[-1, -2], [-5, -6]])
+    np.testing.assert_array_equal(pool(jnp.asarray(x), 3, 2)[0, ..., 0], [[-1, -2], [-5, -6]])
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 10)])
+def test_both_max_pools_have_the_same_gradient(size):
+    x = jnp.asarray(np.random.default_rng(0).integers(0, 3, (2, *size, 3)), jnp.bfloat16)  # with many ties
+    (windows, pull), (shifted, expected) = (
+        jax.vjp(lambda x, pool=pool: pool(x, 3, 2), x) for pool in (max_of_windows, max_pool)
+    )
+    np.testing.assert_array_equal(windows, shifted)
+    np.testing.assert_array_equal(pull(shifted)[0], expected(shifted)[0])
+
+
+@pytest.mark.parametrize("kernel", [3, 5, 7])
+@pytest.mark.parametrize("size", [(16, 12), (15, 11), (9, 14)])
+def test_space_to_depth_is_the_convolution_of_stride_2(size, kernel):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, *size, 3)), jnp.float32)
+    layer = Conv(4, kernel, stride=2, use_bias=False)
+    variables = layer.init(jax.random.key(0), x)
+    (y, pull), (expected, expected_pull) = (
+        jax.vjp(function, variables["params"]["kernel"], x)
+        for function in (
+            lambda kernel, x: space_to_depth_conv(x, kernel),
+            lambda kernel, x: layer.apply({"params": {"kernel": kernel}}, x),
+        )
+    )
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+    gradient = jnp.asarray(rng.normal(size=y.shape), jnp.float32)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-4), pull(gradient), expected_pull(gradient))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
