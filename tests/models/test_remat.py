@@ -53,7 +53,10 @@ def test_each_stage_keeps_less_unless_it_is_frozen():
     plain, second, third = kept(resnet()), kept(resnet(remat=(2,))), kept(resnet(remat=(3,)))
     assert second < 0.8 * plain
     assert third < plain
-    assert kept(resnet(remat=(2, 3))) == second + third - plain
+    both = kept(resnet(remat=(2, 3)))
+    assert both < min(second, third)
+    between = 2 * 8 * 8 * 4  # the map from one to the other: kept by both, as one's result and the other's argument
+    assert 0 <= both - (second + third - plain) <= between
     assert kept(resnet(remat=(2,), frozen_stages=2)) == kept(resnet(frozen_stages=2))
 
 
