@@ -128,7 +128,7 @@ def trained(detector: FasterRCNN, found: Any, grads: Any, format: Any) -> Arrays
     """The result of `training` under the stored names; gradients as grad/<their name> in their layout."""
     losses, (proposals, anchors, rois) = jax.tree.map(np.asarray, found)
     result = {LOSSES[name]: value for name, value in losses.items()}
-    matched, index, positive, drawn = anchors
+    matched, (index, positive, drawn) = anchors
     for i in range(len(matched)):
         result[f"train/proposals{i}"] = proposals.boxes[i][proposals.valid[i]]
         result[f"train/rpn_labels{i}"] = np.select([matched[i] >= 0, matched[i] == -1], [1, 0], -1)

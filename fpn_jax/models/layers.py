@@ -65,6 +65,9 @@ class Conv(nn.Module):
     would see shifted pictures. A 1x1 convolution is written as a matrix product: XLA's CPU backend computes the
     weight gradient of that several times faster, and elsewhere it is the same operation. Large 3x3 ones are written
     by Winograd's rule there, for the same reason.
+
+    With pad=False, for stride 1 and one group, nothing is put around x, and [b h-kernel+1 w-kernel+1 features] comes
+    out: one product, right for many small x.
     """
 
     features: int
@@ -76,11 +79,13 @@ class Conv(nn.Module):
     groups: int = 1  # each reads its own part of the channels; as many as channels make it depthwise
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, pad: bool = True) -> jax.Array:
         shape = (self.kernel, self.kernel, x.shape[-1] // self.groups, self.features)
         kernel = self.param("kernel", self.kernel_init, shape).astype(self.dtype)
         x = x.astype(self.dtype)
-        if self.kernel == 1 and self.groups == 1:
+        if not pad:
+            y = windows(x, self.kernel) @ kernel.reshape(-1, self.features)
+        elif self.kernel == 1 and self.groups == 1:
             y = x[:, :: self.stride, :: self.stride] @ kernel[0, 0]
         else:
             y = self._convolve(x, kernel)
@@ -103,6 +108,12 @@ class Conv(nn.Module):
         if products < _WINOGRAD_FROM or (self.kernel, self.stride, self.groups) != (3, 1, 1) or x.dtype != jnp.float32:
             return direct(x, kernel)
         return jax.lax.platform_dependent(x, kernel, cpu=conv3x3, default=direct)
+
+
+def windows(x: jax.Array, size: int) -> jax.Array:
+    """x [b h w c] -> [b h-size+1 w-size+1 size*size*c]: beside each other all that a convolution reads for a cell."""
+    h, w = (side - size + 1 for side in x.shape[1:3])
+    return jnp.concatenate([x[:, i : i + h, j : j + w] for i in range(size) for j in range(size)], -1)
 
 
 def space_to_depth_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:

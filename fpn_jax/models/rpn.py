@@ -38,25 +38,24 @@ class RPN(Detector, kw_only=True):
 
         Logits and deltas are of the head's dtype.
         """
-        pyramid = {level: pyramid[level] for level in self.rpn_settings.levels}
         with jax.named_scope("rpn_head"):
-            logits, deltas = self.rpn_head(pyramid)
-        grids = {level: x.shape[1:3] for level, x in pyramid.items()}
-        return logits, deltas, rpn.make_anchors(self.rpn_settings, grids, image_size)
+            return *self.rpn_head(self._read(pyramid)), self.anchors(pyramid, image_size)
 
-    def anchor_losses(
-        self,
-        logits: dict[int, jax.Array],
-        deltas: dict[int, jax.Array],
-        anchors: dict[int, np.ndarray],
-        batch: Batch,
-        keys: jax.Array,
-    ) -> tuple[Scalars, Scalars]:
-        """(losses, statistics) of what `predict_anchors` gave; keys [b] draw the anchors."""
+    def anchors(self, pyramid: dict[int, jax.Array], image_size: tuple[int, int]) -> dict[int, np.ndarray]:
+        """Anchors {l: [r 4]} of an image of `image_size` (height, width)."""
+        grids = {level: x.shape[1:3] for level, x in self._read(pyramid).items()}
+        return rpn.make_anchors(self.rpn_settings, grids, image_size)
+
+    def anchor_losses(self, pyramid: dict[int, jax.Array], batch: Batch, keys: jax.Array) -> tuple[Scalars, Scalars]:
+        """(losses, statistics) of anchors drawn by keys [b], which the head looks at alone."""
+        anchors = self.anchors(pyramid, batch.image.shape[1:3])
         with jax.named_scope("rpn_losses"):
-            return rpn.rpn_losses(
-                self.rpn_settings, logits, deltas, anchors, batch.boxes, batch.valid, keys, self.per_device
-            )
+            drawn = rpn.draw_anchors(self.rpn_settings, anchors, batch.boxes, batch.valid, keys, self.per_device)
+            predicted = self.rpn_head.of_drawn(self._read(pyramid), drawn.index, self.per_device)
+            return rpn.rpn_losses(self.rpn_settings, *predicted, drawn)
+
+    def _read(self, pyramid: dict[int, jax.Array]) -> dict[int, jax.Array]:
+        return {level: pyramid[level] for level in self.rpn_settings.levels}
 
     def propose(
         self,
@@ -72,8 +71,8 @@ class RPN(Detector, kw_only=True):
 
     def losses(self, batch: Batch, key: jax.Array, train: bool = True) -> tuple[Scalars, Scalars]:
         """(losses, statistics) of a batch, scalars; the loss of the detector is the plain sum of the losses."""
-        predicted = self.predict_anchors(self.features(batch.image, batch.size, train), batch.image.shape[1:3])
-        return self.anchor_losses(*predicted, batch, image_keys(key, len(batch.image), 1)[0])
+        pyramid = self.features(batch.image, batch.size, train)
+        return self.anchor_losses(pyramid, batch, image_keys(key, len(batch.image), 1)[0])
 
     def detect(self, batch: Batch) -> Detections:
         """Proposals in pixels of the resized image, scored by their probability to hold an object."""

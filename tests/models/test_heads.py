@@ -1,5 +1,7 @@
 """The two heads against torchvision's numbers and against what their sources say, on small made-up predictions."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,6 +72,14 @@ def test_detections_are_torchvisions(golden, background):
         np.testing.assert_array_equal(found.labels[0][valid] + 1, golden[f"postprocess/labels{i}"])
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def losses_of_all(settings, logits, deltas, anchors, boxes, valid, keys):
+    """`rpn_losses` of anchors drawn from all [b r], which logits and deltas are of."""
+    drawn = rpn.draw_anchors(settings, anchors, boxes, valid, keys)
+    rows = jnp.arange(len(logits))[:, None], drawn.index
+    return rpn.rpn_losses(settings, logits[rows], deltas[rows], drawn)
+
+
 def test_rpn_losses_by_hand():
     anchors = jnp.array([[0, 0, 10, 10], [0, 0, 10, 8.0], [50, 50, 60, 60], [0, 0, 5, 10]])
     boxes = jnp.array([[[0, 0, 10, 10.0], [0, 0, 0, 0]], [[0, 0, 0, 0], [0, 0, 0, 0]]])
@@ -78,20 +88,46 @@ def test_rpn_losses_by_hand():
     deltas = jnp.zeros((2, 4, 4)).at[0, 0, 0].set(0.5).at[0, 1, 3].set(1.0)
     levels = {"levels": (2, 3), "sizes": ((8,), (16,)), "ratios": (0.5, 1.0)}
     settings = RPNSettings(samples=4, positive_fraction=0.5, sampling="first", beta=0.0, **levels)
-    by_level = (
-        {2: logits[:, :2], 3: logits[:, 2:]},
-        {2: deltas[:, :2], 3: deltas[:, 2:]},
-        {2: anchors[:2], 3: anchors[2:]},
-    )
-    losses, statistics = jax.jit(rpn.rpn_losses, static_argnums=0)(
-        settings, *by_level, boxes, valid, jax.random.split(jax.random.key(0))
-    )
+    keys = jax.random.split(jax.random.key(0))
+    losses, statistics = losses_of_all(settings, logits, deltas, {2: anchors[:2], 3: anchors[2:]}, boxes, valid, keys)
     # Image 0: IoU 1, 0.8, 0, 0.5: two positives, one negative, one left out. Image 1: four negatives, all at logit 0.
     bce = np.log1p(np.exp(-2)) + np.log1p(np.exp(1)) + np.log1p(np.exp(0.5)) + 4 * np.log(2)
     assert losses["rpn_objectness"] == pytest.approx(bce / 7, rel=1e-5)
     # Anchor 0 is off by 0.5 in x; anchor 1 should move by (5 - 4) / 8 down and grow by log(10 / 8), but grew by 1.
     assert losses["rpn_box"] == pytest.approx((0.5 + 1 / 8 + abs(1 - np.log(10 / 8))) / 7, rel=1e-5)
     assert statistics["rpn_positives"] == 1.0
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("convs", [1, 2, 3])
+def test_drawn_anchors_get_what_the_whole_pyramid_gets(convs, shared):
+    """Logits, deltas and all gradients; also at the border, where later convolutions read zeros, and on a 1x1 map."""
+    rng, per_cell = np.random.default_rng(convs), 3
+    grids = {2: (6, 7), 3: (3, 4), 6: (1, 1)}
+    pyramid = {level: rng.normal(size=(2, *grid, 5)).astype(np.float32) for level, grid in grids.items()}
+    index = rng.permuted(np.tile(np.arange(per_cell * (42 + 12 + 1)), (2, 1)), axis=1)[:, :120].astype(np.int32)
+    weights = rng.normal(size=(2, 120, 5)).astype(np.float32)
+    head = RPNHead(per_cell, convs, channels=4, shared=shared)
+    shapes = jax.eval_shape(head.init, jax.random.key(0), pyramid)
+    assert shapes == jax.eval_shape(lambda *x: head.init(*x, method="of_drawn"), jax.random.key(0), pyramid, index)
+    variables = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)  # biases, too
+
+    def of_drawn(variables, pyramid):
+        return head.apply(variables, pyramid, index, method="of_drawn")
+
+    def of_all(variables, pyramid):
+        found = (jnp.concatenate(list(x.values()), 1) for x in head.apply(variables, pyramid))
+        return tuple(x[np.arange(2)[:, None], index] for x in found)
+
+    def both(of):
+        def loss(variables, pyramid):
+            logits, deltas = of(variables, pyramid)
+            return (jnp.concatenate([logits[..., None], deltas], -1) * weights).sum(), (logits, deltas)
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(variables, pyramid)
+
+    for got, expected in zip(jax.tree.leaves(both(of_drawn)), jax.tree.leaves(both(of_all)), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("last", [(), (4,)])

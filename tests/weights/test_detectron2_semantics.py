@@ -328,9 +328,9 @@ def test_rpn_losses_are_divided_by_the_nominal_number():
     logits = rng.normal(size=(2, len(anchors))).astype(np.float32)
     deltas = rng.normal(size=(2, len(anchors), 4)).astype(np.float32)
     keys = jax.random.split(jax.random.key(0), 2)
-    cuts = np.cumsum([len(x) for x in by_level.values()])[:-1]
-    predicted = (dict(zip(grids, np.split(x, cuts, axis=1), strict=True)) for x in (logits, deltas))
-    losses, _ = jax.jit(rpn.rpn_losses, static_argnums=0)(RPN, *predicted, by_level, objects, valid, keys)
+    drawn = rpn.draw_anchors(RPN, by_level, objects, valid, keys)
+    rows = np.arange(2)[:, None], drawn.index
+    losses, _ = jax.jit(rpn.rpn_losses, static_argnums=0)(RPN, logits[rows], deltas[rows], drawn)
     bce = l1 = positives = 0
     for i in range(2):
         for j, match in enumerate(slow_matches(objects[i][valid[i]], anchors, 0.7, 0.3, True)):

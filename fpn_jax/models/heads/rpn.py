@@ -1,6 +1,7 @@
 """The region proposal network on a pyramid (Ren et al., arXiv 1506.01497; on FPN: arXiv 1612.03144, section 4.1)."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -15,7 +16,8 @@ from fpn_jax.ops import boxes as box_ops
 from fpn_jax.ops.losses import sigmoid_bce, smooth_l1
 from fpn_jax.ops.matching import BELOW, match_boxes
 from fpn_jax.ops.nms import nms, nms_top
-from fpn_jax.ops.sampling import sample
+from fpn_jax.ops.patches import Cells, Patches, take_patches
+from fpn_jax.ops.sampling import Sample, sample
 from fpn_jax.types import PerDevice, together
 
 
@@ -67,9 +69,7 @@ class Proposals(NamedTuple):
 
 
 class RPNHead(nn.Module):
-    """{l: P_l} -> {l: logits [b r]}, {l: deltas [b r 4]}, in `dtype`: `convs` 3x3 convolutions and two 1x1.
-
-    r runs over rows, columns, anchors of the cell.
+    """Logits and deltas of anchors: `convs` 3x3 convolutions and two 1x1, in `dtype`.
 
     Attributes:
         anchors: per cell.
@@ -84,28 +84,87 @@ class RPNHead(nn.Module):
     shared: bool = True
     dtype: Any = jnp.float32
 
-    @nn.compact
     def __call__(self, pyramid: Mapping[int, jax.Array]) -> tuple[dict[int, jax.Array], dict[int, jax.Array]]:
-        def layers(width: int, suffix: str = "") -> tuple[list[Conv], Affine, Affine]:
+        """{l: P_l} -> {l: logits [b r]}, {l: deltas [b r 4]}, r over rows, columns, anchors of the cell."""
+        all_logits, all_deltas = {}, {}
+        for (level, x), layers in zip(pyramid.items(), self._layers(pyramid), strict=True):
+            for conv in layers.convs:
+                x = relu(conv(x))
+            logits, deltas = affine_maps(x, layers.objectness, layers.deltas)
+            all_logits[level] = logits.reshape(x.shape[0], -1)
+            all_deltas[level] = deltas.reshape(x.shape[0], -1, 4)
+        return all_logits, all_deltas
+
+    def of_drawn(
+        self, pyramid: Mapping[int, jax.Array], index: jax.Array, per_device: PerDevice = together
+    ) -> tuple[jax.Array, jax.Array]:
+        """Logits [b n] and deltas [b n 4], float32, of the anchors `index` [b n], which counts through all levels.
+
+        What `__call__` gives for them, computed for their cells alone, and so is the gradient. Of a loss over 256
+        anchors of an image the gradient is zero at all but 256 of its 90 000 cells.
+        """
+        cells, anchor = cells_of_anchors([x.shape[1:3] for x in pyramid.values()], self.anchors, index)
+        take = per_device(functools.partial(take_patches, radius=self.convs))
+        per_level = self._layers(pyramid)
+        if self.shared:
+            found = _of_patches(per_level[0], take(dict(pyramid), cells))
+        else:  # levels may differ in their channels
+            ours = (
+                take({level: x}, cells._replace(position=cells.position - i))
+                for i, (level, x) in enumerate(pyramid.items())
+            )
+            of_each = [_of_patches(layers, patches) for layers, patches in zip(per_level, ours, strict=True)]
+            found = (
+                jax.lax.select_n(jnp.broadcast_to(cells.position[..., None], x[0].shape), *x)
+                for x in zip(*of_each, strict=True)
+            )
+        own = jnp.arange(self.anchors) == anchor[..., None]
+        of_cells = (x.reshape(*own.shape, -1).astype(jnp.float32) for x in found)
+        logits, deltas = (jnp.where(own[..., None], x, 0).sum(2) for x in of_cells)
+        return logits[..., 0], deltas
+
+    @nn.compact
+    def _layers(self, pyramid: Mapping[int, jax.Array]) -> list["_Layers"]:
+        """Those of each level of the pyramid."""
+
+        def layers(width: int, suffix: str = "") -> _Layers:
             def layer(kind: type[nn.Module], features: int, name: str) -> Any:
                 init = nn.initializers.normal(0.01)
                 return kind(features, kernel_init=init, dtype=self.dtype, name=f"{name}{suffix}")
 
             names = ["conv", *(f"conv{i}" for i in range(2, self.convs + 1))]
             convs = [layer(Conv, self.channels or width, name) for name in names]
-            return convs, layer(Affine, self.anchors, "objectness"), layer(Affine, 4 * self.anchors, "deltas")
+            return _Layers(convs, layer(Affine, self.anchors, "objectness"), layer(Affine, 4 * self.anchors, "deltas"))
 
         if self.shared:
-            for_all = layers(next(iter(pyramid.values())).shape[-1])
-        all_logits, all_deltas = {}, {}
-        for level, x in pyramid.items():
-            convs, objectness, deltas = for_all if self.shared else layers(x.shape[-1], f"_level{level}")
-            for conv in convs:
-                x = relu(conv(x))
-            b = x.shape[0]
-            logits, offsets = affine_maps(x, objectness, deltas)
-            all_logits[level], all_deltas[level] = logits.reshape(b, -1), offsets.reshape(b, -1, 4)
-        return all_logits, all_deltas
+            return [layers(next(iter(pyramid.values())).shape[-1])] * len(pyramid)
+        return [layers(x.shape[-1], f"_level{level}") for level, x in pyramid.items()]
+
+
+class _Layers(NamedTuple):
+    convs: list[Conv]
+    objectness: Affine
+    deltas: Affine
+
+
+def _of_patches(layers: _Layers, patches: Patches) -> tuple[jax.Array, jax.Array]:
+    """Patches [b n k k c], k = 2 len(convs) + 1 -> logits [b n a], deltas [b n 4*a] of the anchors of middle cells."""
+    b, n = patches.inside.shape[:2]
+    x, inside = (x.reshape(b * n, *x.shape[2:]) for x in patches)
+    for conv in layers.convs:
+        inside = inside[:, 1:-1, 1:-1]
+        # Beyond the map the next convolution reads zeros, not what this one would make of them.
+        x = jnp.where(inside[..., None], relu(conv(x, pad=False)), 0)
+    return affine_maps(x.reshape(b, n, -1), layers.objectness, layers.deltas)
+
+
+def cells_of_anchors(grids: Sequence[tuple[int, int]], per_cell: int, index: jax.Array) -> tuple[Cells, jax.Array]:
+    """(cells, which of a cell's anchors) of anchors `index` [...], which counts through maps of `grids` (h, w)."""
+    widths, counts = np.int32([w for _, w in grids]), np.int32([h * w * per_cell for h, w in grids])
+    ends = np.cumsum(counts, dtype=np.int32)
+    position = (index[..., None] >= ends[:-1]).sum(-1, dtype=jnp.int32)
+    cell, anchor = jnp.divmod(index - jnp.asarray(ends - counts)[position], per_cell)
+    return Cells(position, *jnp.divmod(cell, jnp.asarray(widths)[position])), anchor
 
 
 def make_anchors(
@@ -123,13 +182,41 @@ def make_anchors(
     return anchor_ops.grid_anchors(grids, cells, strides)
 
 
+class DrawnAnchors(NamedTuple):
+    """The anchors that enter the loss, n = settings.samples of each image, and what the head should say of them."""
+
+    index: jax.Array  # int32 [b n], counted through all levels
+    positive: jax.Array  # bool [b n]
+    valid: jax.Array  # bool [b n], False in unused rows
+    deltas: jax.Array  # float32 [b n 4], to the anchor's object; of positives alone they mean something
+
+
+def draw_anchors(
+    settings: RPNSettings,
+    anchors: Mapping[int, np.ndarray],
+    boxes: jax.Array,
+    valid: jax.Array,
+    keys: jax.Array,
+    per_device: PerDevice = together,
+) -> DrawnAnchors:
+    """Match anchors {l: [r 4]} with objects, boxes [b m 4] and valid [b m], and draw some by keys [b]."""
+    flat = jnp.concatenate([jnp.asarray(x) for x in anchors.values()])
+
+    def of_image(boxes, valid, key):
+        matched, drawn = label_anchors(settings, flat, boxes, valid, key if settings.sampling == "random" else None)
+        objects = boxes[jnp.maximum(matched[drawn.index], 0)]
+        return DrawnAnchors(*drawn, box_ops.encode(objects, flat[drawn.index], settings.delta_weights))
+
+    return per_device(jax.vmap(of_image))(boxes, valid, keys)
+
+
 def label_anchors(
     settings: RPNSettings, anchors: jax.Array, boxes: jax.Array, valid: jax.Array, key: jax.Array | None
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """One image's targets: (match [r], index [n], positive [n], sampled [n]) with n = settings.samples.
+) -> tuple[jax.Array, Sample]:
+    """One image's (match [r], drawn [n]) with n = settings.samples.
 
-    anchors [r 4], boxes [m 4], valid [m]; `match` as `fpn_jax.ops.matching.match` gives it, `index` the anchors that
-    were drawn. key None draws the first candidates.
+    anchors [r 4], boxes [m 4], valid [m]; `match` as `fpn_jax.ops.matching.match` gives it. key None draws the first
+    candidates.
     """
     matched = match_boxes(
         boxes,
@@ -139,8 +226,23 @@ def label_anchors(
         settings.negative_iou,
         settings.low_quality_matches,
     )
-    drawn = sample(key, matched >= 0, matched == BELOW, settings.samples, settings.positive_fraction)
-    return matched, drawn.index, drawn.positive, drawn.valid
+    return matched, sample(key, matched >= 0, matched == BELOW, settings.samples, settings.positive_fraction)
+
+
+def rpn_losses(
+    settings: RPNSettings, logits: jax.Array, deltas: jax.Array, drawn: DrawnAnchors
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """Objectness and box losses over the drawn anchors of the whole batch, both sums divided by their number (see
+    `RPNSettings.normalizer`).
+
+    logits [b n] and deltas [b n 4] of the drawn anchors. Returns (losses, statistics). Source: Faster R-CNN, equation
+    1; normalisers as torchvision's.
+    """
+    images, positive = len(logits), drawn.positive & drawn.valid
+    bce = jnp.where(drawn.valid, sigmoid_bce(logits, drawn.positive.astype(jnp.float32)), 0).sum()
+    box = jnp.where(positive, smooth_l1(deltas, drawn.deltas, settings.beta).sum(-1), 0).sum()
+    count = {"sampled": jnp.maximum(drawn.valid.sum(), 1), "nominal": images * settings.samples}[settings.normalizer]
+    return {"rpn_objectness": bce / count, "rpn_box": box / count}, {"rpn_positives": positive.sum() / images}
 
 
 def take_anchors(values: jax.Array, index: jax.Array, per_cell: int) -> jax.Array:
@@ -153,56 +255,6 @@ def take_anchors(values: jax.Array, index: jax.Array, per_cell: int) -> jax.Arra
     of_cell = cells.reshape(*index.shape, per_cell, *values.shape[1:])
     own = jnp.arange(per_cell) == index[:, None] % per_cell
     return jnp.where(own.reshape(*own.shape, *[1] * (values.ndim - 1)), of_cell, 0).sum(1).astype(jnp.float32)
-
-
-def rpn_losses(
-    settings: RPNSettings,
-    logits: Mapping[int, jax.Array],
-    deltas: Mapping[int, jax.Array],
-    anchors: Mapping[int, np.ndarray],
-    boxes: jax.Array,
-    valid: jax.Array,
-    keys: jax.Array,
-    per_device: PerDevice = together,
-) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """Objectness and box losses over the sampled anchors of the whole batch, both sums divided by their number (see
-    `RPNSettings.normalizer`).
-
-    logits {l: [b r]}, deltas {l: [b r 4]}, anchors {l: [r 4]}, boxes [b m 4], valid [b m], keys [b]. Returns (losses,
-    statistics). Source: Faster R-CNN, equation 1; normalisers as torchvision's.
-    """
-    images = boxes.shape[0]
-    flat_anchors = jnp.concatenate([jnp.asarray(x) for x in anchors.values()])
-    ends = np.cumsum([len(x) for x in anchors.values()])
-
-    def of_drawn(values, index):
-        """Of all levels' values {l: [r ...]} those of the anchors `index`, which counts through all levels."""
-        found = 0
-        for (level, x), end in zip(values.items(), ends, strict=True):
-            here = (index >= end - len(x)) & (index < end)
-            taken = take_anchors(x, jnp.where(here, index - (end - len(x)), 0), settings.anchors_per_cell(level))
-            found += jnp.where(here.reshape(-1, *[1] * (x.ndim - 1)), taken, 0)
-        return found
-
-    def image_terms(logits, deltas, boxes, valid, key):
-        key = key if settings.sampling == "random" else None
-        matched, index, positive, drawn = label_anchors(settings, flat_anchors, boxes, valid, key)
-        drawn_anchors = flat_anchors[index]
-        target = box_ops.encode(boxes[jnp.maximum(matched[index], 0)], drawn_anchors, settings.delta_weights)
-        box_loss = smooth_l1(of_drawn(deltas, index), target, settings.beta).sum(-1)
-        bce = sigmoid_bce(of_drawn(logits, index), positive.astype(jnp.float32))
-        return (
-            jnp.where(drawn, bce, 0).sum(),
-            jnp.where(positive & drawn, box_loss, 0).sum(),
-            drawn.sum(),
-            (positive & drawn).sum(),
-        )
-
-    terms = per_device(jax.vmap(image_terms))(dict(logits), dict(deltas), boxes, valid, keys)
-    bce, box, drawn, positive = (x.sum() for x in terms)
-    count = {"sampled": jnp.maximum(drawn, 1), "nominal": images * settings.samples}[settings.normalizer]
-    losses = {"rpn_objectness": bce / count, "rpn_box": box / count}
-    return losses, {"rpn_positives": positive / images}
 
 
 def propose(

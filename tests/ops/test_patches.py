@@ -1,0 +1,71 @@
+"""Patches against loops over their cells, at borders and corners and on maps smaller than they are."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fpn_jax.ops import patches
+from fpn_jax.ops.patches import Cells, take_patches
+
+GRIDS = {2: (5, 7), 3: (3, 4), 6: (1, 1)}
+IMAGES, CHANNELS, COUNT = 2, 3, 40
+
+
+@pytest.fixture(scope="module")
+def given():
+    rng = np.random.default_rng(0)
+    pyramid = {x: rng.normal(size=(IMAGES, *grid, CHANNELS)).astype(np.float32) for x, grid in GRIDS.items()}
+    position = rng.integers(0, len(GRIDS), (IMAGES, COUNT), dtype=np.int32)
+    row, column = (np.int32(list(GRIDS.values()))[position, axis] for axis in (0, 1))
+    return pyramid, Cells(position, rng.integers(0, row, dtype=np.int32), rng.integers(0, column, dtype=np.int32))
+
+
+def slow(pyramid, cells, radius):
+    k = 2 * radius + 1
+    values, inside = np.zeros((IMAGES, COUNT, k, k, CHANNELS), np.float32), np.zeros((IMAGES, COUNT, k, k), bool)
+    maps = list(pyramid.values())
+    for i, j, dy, dx in np.ndindex(IMAGES, COUNT, k, k):
+        x = maps[cells.position[i, j]][i]
+        y, z = cells.row[i, j] + dy - radius, cells.column[i, j] + dx - radius
+        if 0 <= y < x.shape[0] and 0 <= z < x.shape[1]:
+            values[i, j, dy, dx], inside[i, j, dy, dx] = x[y, z], True
+    return values, inside
+
+
+@pytest.mark.parametrize("radius", [0, 1, 2])
+def test_patches_are_those_of_a_loop_over_cells(given, radius):
+    found = jax.jit(take_patches, static_argnums=2)(*given, radius)
+    for got, expected in zip(found, slow(*given, radius), strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 2, 0)])
+def test_the_gradient_adds_up_where_patches_overlap(given, order):
+    """The sum of weights times values is linear: its gradient is how often, and with what weight, a cell is read."""
+    pyramid, cells = given
+    weights = np.random.default_rng(1).normal(size=(IMAGES, COUNT, 3, 3, CHANNELS)).astype(np.float32)
+
+    def total(pyramid):
+        return (patches._take(pyramid, cells, 1, order).values * weights).sum()
+
+    value, gradients = jax.jit(jax.value_and_grad(total))(pyramid)
+    assert value == pytest.approx((slow(pyramid, cells, 1)[0] * weights).sum(), rel=1e-4)
+    for level, gradient in gradients.items():
+        expected = np.zeros(gradient.shape)
+        mine = cells.position == list(pyramid).index(level)
+        for i, j, dy, dx in np.ndindex(IMAGES, COUNT, 3, 3):
+            y, z = cells.row[i, j] + dy - 1, cells.column[i, j] + dx - 1
+            if mine[i, j] and 0 <= y < expected.shape[1] and 0 <= z < expected.shape[2]:
+                expected[i, y, z] += weights[i, j, dy, dx]
+        np.testing.assert_allclose(gradient, expected, atol=1e-5)
+
+
+def test_what_lies_at_other_levels_does_not_get_in(given):
+    """Neither its NaNs nor, going back, a gradient."""
+    pyramid, cells = given
+    one = Cells(np.zeros((IMAGES, 1), np.int32), cells.row[:, :1] * 0, cells.column[:, :1] * 0)
+    poisoned = pyramid | {6: np.full_like(pyramid[6], np.nan)}
+    values, pull = jax.vjp(lambda maps: take_patches(maps, one, 1).values, poisoned)
+    assert np.isfinite(values).all()
+    np.testing.assert_array_equal(pull(jnp.ones_like(values))[0][6], 0)
