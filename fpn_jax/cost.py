@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from fpn_jax.models.detector import Detector
 from fpn_jax.models.rpn import RPN
+from fpn_jax.ops.platforms import compiling_for
 from fpn_jax.training.state import init_variables
 from fpn_jax.types import Batch
 
@@ -24,8 +25,9 @@ def cost(detector: Detector, image_size: tuple[int, int], proposals: int = 1) ->
     """The cost on an image of `image_size` (height, width) with this many given proposals, by shapes alone."""
     variables = jax.eval_shape(lambda: init_variables(detector, image_size, 0))
     batch = abstract_batch(image_size, proposals)
-    traced = jax.jit(lambda v, b: detector.apply(v, b, method="detect")).trace(variables, batch)
     # As a GPU would do it: a CPU gets large convolutions by a rule with fewer products, a TPU copies as products.
+    with compiling_for("gpu"):
+        traced = jax.jit(lambda v, b: detector.apply(v, b, method="detect")).trace(variables, batch)
     analysis = traced.lower(lowering_platforms=("cuda",)).cost_analysis() or {}
     return Cost(
         parameters=sum(math.prod(x.shape) for x in jax.tree.leaves(variables["params"])),

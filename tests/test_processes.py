@@ -96,6 +96,7 @@ cli.run(train.main)
 """
 
 
+@pytest.mark.slow
 def test_all_processes_stop_when_one_is_told_to(tmp_path, tiny_experiment):
     """The platform takes one worker away: all save at the same step and leave with the status of a stopped run."""
     workdir = tmp_path / "run"

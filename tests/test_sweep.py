@@ -99,6 +99,7 @@ def test_what_needs_a_failed_row_is_not_run(tmp_path, base, capsys):
     assert not (tmp_path / "fast").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_where_it_was(tmp_path, base):
     base.num_steps = 40
     path = tmp_path / "ablation.py"

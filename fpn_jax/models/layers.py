@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.xla_metadata import set_xla_metadata
 
+from fpn_jax.ops.platforms import by_platform
 from fpn_jax.ops.winograd import conv3x3
 
 Init = nn.initializers.Initializer
@@ -34,7 +35,7 @@ def relu(x: jax.Array) -> jax.Array:
 
 
 def _relu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    y = jax.lax.platform_dependent(x, cpu=_kept_maximum, default=relu)
+    y = by_platform(x, cpu=_kept_maximum, default=relu)
     return y, y
 
 
@@ -103,11 +104,11 @@ class Conv(nn.Module):
             feature_group_count=self.groups,
         )
         if self.stride == 2 and x.shape[3] <= 4 and self.groups == 1:
-            return jax.lax.platform_dependent(x, kernel, tpu=space_to_depth_conv, default=direct)
+            return by_platform(x, kernel, tpu=space_to_depth_conv, default=direct)
         products = x.shape[1] * x.shape[2] * x.shape[3] * self.features
         if products < _WINOGRAD_FROM or (self.kernel, self.stride, self.groups) != (3, 1, 1) or x.dtype != jnp.float32:
             return direct(x, kernel)
-        return jax.lax.platform_dependent(x, kernel, cpu=conv3x3, default=direct)
+        return by_platform(x, kernel, cpu=conv3x3, default=direct)
 
 
 def windows(x: jax.Array, size: int) -> jax.Array:
@@ -236,9 +237,7 @@ def conv_norm(
 
 def upsample_nearest(x: jax.Array, size: tuple[int, int]) -> jax.Array:
     """Repeat rows and columns of x [b h w c] up to `size` (height, width): row i reads row floor(i h / height)."""
-    return jax.lax.platform_dependent(
-        x, tpu=lambda x: repeat_by_products(x, size), default=lambda x: repeat_by_index(x, size)
-    )
+    return by_platform(x, tpu=lambda x: repeat_by_products(x, size), default=lambda x: repeat_by_index(x, size))
 
 
 def repeat_by_index(x: jax.Array, size: tuple[int, int]) -> jax.Array:
@@ -311,7 +310,7 @@ def max_pool(x: jax.Array, window: int, stride: int) -> jax.Array:
     take XLA's own, with the gradient of the other.
     """
     how = {"window": window, "stride": stride}
-    return jax.lax.platform_dependent(
+    return by_platform(
         x, tpu=functools.partial(max_of_windows, **how), default=functools.partial(max_of_shifted, **how)
     )
 

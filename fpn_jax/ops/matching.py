@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from fpn_jax.ops.boxes import iou as iou_of
+from fpn_jax.ops.platforms import by_platform
 
 BELOW = -1  # background
 BETWEEN = -2  # neither object nor background: left out of the loss
@@ -36,7 +37,7 @@ def match_boxes(
 ) -> jax.Array:
     """`match` of the IoU of objects [m 4] with boxes [r 4], without the matrix [m r] in memory."""
     rules = high, low, low_quality
-    return jax.lax.platform_dependent(
+    return by_platform(
         objects,
         boxes,
         valid,

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fpn_jax.ops.platforms import by_platform
+
 
 class Cells(NamedTuple):
     """Cells of a pyramid's maps, int32 [...] each."""
@@ -36,7 +38,7 @@ def take_patches(pyramid: Mapping[int, jax.Array], cells: Cells, radius: int) ->
         return _take(pyramid, cells, radius, (1, 2, 0))
 
     # A TPU keeps maps with the images next to the channels.
-    return jax.lax.platform_dependent(dict(pyramid), cells, tpu=by_cells, default=by_images)
+    return by_platform(dict(pyramid), cells, tpu=by_cells, default=by_images)
 
 
 def _take(pyramid: Mapping[int, jax.Array], cells: Cells, radius: int, order: tuple[int, int, int]) -> Patches:

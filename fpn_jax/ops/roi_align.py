@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fpn_jax.ops.boxes import area
+from fpn_jax.ops.platforms import by_platform
 from fpn_jax.ops.roi_points import corner_and_sides, neighbours
 from fpn_jax.ops.roi_products import Sampling, align_by_products
 from fpn_jax.ops.rounds import IMAGES, Pieces, Table, in_pieces, map_table, pyramid_table, sort_into_pieces
@@ -82,7 +83,7 @@ def multilevel_roi_align(
     given = pyramid, rois, roi_levels(rois, levels, k0, canonical, eps)
     if sampling_ratio <= 0:
         return by_cells(*given)
-    return jax.lax.platform_dependent(*given, tpu=by_products, default=by_cells)
+    return by_platform(*given, tpu=by_products, default=by_cells)
 
 
 def _align_images(

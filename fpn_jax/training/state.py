@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from fpn_jax.models.detector import Detector
+from fpn_jax.ops.platforms import compiling_for
 from fpn_jax.types import Batch, TrainState
 
 
@@ -25,7 +26,8 @@ def init_variables(detector: Detector, image_size: tuple[int, int], seed: int) -
     key = jax.random.key(seed)
 
     def init(key):
-        return detector.init({"params": key}, batch, key, method="losses")
+        with compiling_for(jax.default_backend()):
+            return detector.init({"params": key}, batch, key, method="losses")
 
     variables = jax.jit(init)(key)
     return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}

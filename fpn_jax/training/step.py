@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from fpn_jax.models.detector import Detector
+from fpn_jax.ops.platforms import compiling_for
 from fpn_jax.training import sharding
 from fpn_jax.training.optim import Schedule, is_frozen, tree_of_paths
 from fpn_jax.types import Batch, Detections, TrainState
@@ -39,14 +40,16 @@ def make_train_step(
         shard_params: the axis of the mesh over which the state is split, see `sharding.layout`; so are the gradients
             and the update, while each device has all parameters to compute the losses with.
     """
-    detector = _on(detector, mesh)
+    detector, platform = _on(detector, mesh), _platform(mesh)
 
     def place(tree: Any, over: str = shard_params) -> Any:
         return tree if mesh is None else sharding.constrain(mesh, tree, over)
 
     def loss_fn(params, batch_stats, batch, key):
         variables = {"params": place(params, ""), "batch_stats": batch_stats}
-        (losses, statistics), updated = detector.apply(variables, batch, key, method="losses", mutable=["batch_stats"])
+        with compiling_for(platform):
+            found, updated = detector.apply(variables, batch, key, method="losses", mutable=["batch_stats"])
+        losses, statistics = found
         total = sum(losses.values())
         return total, ({"loss": total} | losses | statistics, updated.get("batch_stats", {}))
 
@@ -84,8 +87,11 @@ def make_train_step(
         # Laid out as it came, or the next step would be another program.
         return place(TrainState(state.step + 1, params, batch_stats, opt_state, ema_params)), place(metrics, "")
 
-    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     return jax.jit(step, donate_argnums=0, compiler_options=_ON_CPU if platform == "cpu" else None)
+
+
+def _platform(mesh: Any) -> str:
+    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
 
 
 def _on(detector: Detector, mesh: Any) -> Detector:
@@ -106,11 +112,11 @@ def make_detect(detector: Detector, mesh: Any = None) -> Callable[[dict[str, Any
 
 def _inference(detector: Detector, mesh: Any, method: str) -> Callable[[dict[str, Any], Batch], Any]:
     """A method of the detector, jitted, whose results lie where the images do."""
-    if mesh is None:
-        return jax.jit(lambda variables, batch: detector.apply(variables, batch, method=method))
-    detector = _on(detector, mesh)
+    detector, platform = _on(detector, mesh), _platform(mesh)
 
     def run(variables: dict[str, Any], batch: Batch) -> Any:
-        return detector.apply(sharding.constrain(mesh, variables), batch, method=method)
+        variables = variables if mesh is None else sharding.constrain(mesh, variables)
+        with compiling_for(platform):
+            return detector.apply(variables, batch, method=method)
 
-    return jax.jit(run, out_shardings=sharding.split(mesh))
+    return jax.jit(run, out_shardings=None if mesh is None else sharding.split(mesh))
