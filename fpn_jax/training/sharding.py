@@ -205,8 +205,12 @@ def put_replicated(mesh: Mesh, tree: Any) -> Any:
 
 
 def put_state(mesh: Mesh, tree: Any, over: str = "") -> Any:
-    """Values that are equal on all processes -> arrays laid out as `layout` has it."""
-    return jax.device_put(jax.tree.map(np.asarray, tree), layout(mesh, tree, over))
+    """Values that are equal on all processes -> arrays laid out as `layout` has it.
+
+    They have memory of their own: what shares it with `tree`, as arrays on a CPU otherwise would, cannot be donated,
+    and the first step would need room for two states.
+    """
+    return jax.device_put(jax.tree.map(np.array, tree), layout(mesh, tree, over))
 
 
 def constrain(mesh: Mesh, tree: Any, over: str = "") -> Any:

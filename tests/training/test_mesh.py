@@ -136,6 +136,17 @@ def test_arrays_are_split_along_their_longest_dimension_that_divides():
     assert all(place.is_fully_replicated for place in sharding.layout(mesh, arrays).values())
 
 
+def test_the_state_that_is_put_on_devices_can_be_donated():
+    """Its memory is not that of the values it was made of, so that a step writes the next one over it."""
+    mesh = sharding.make_mesh(sharding.first_device())
+    given = {"a": jnp.ones((64, 1024))}
+    state = sharding.put_replicated(mesh, given)
+    place = state["a"].unsafe_buffer_pointer()
+    after = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)(state)
+    assert after["a"].unsafe_buffer_pointer() == place
+    np.testing.assert_array_equal(given["a"], 1)
+
+
 def test_rows_of_a_batch_go_in_and_come_out_once():
     mesh = sharding.make_mesh(options=MeshOptions(fsdp=2, space=2))
     image = np.arange(8 * 64 * 2 * 3, dtype=np.uint32).astype(np.uint8).reshape(8, 64, 2, 3)
