@@ -22,7 +22,8 @@ PEAK = {
 def matmul_flops(jaxpr: Any) -> float:
     """Floating point operations of all matrix products and convolutions in a jaxpr, two per multiply-add.
 
-    Zeros that a strided convolution's gradient puts between the rows are not counted: no implementation needs them.
+    Zeros that a strided convolution's gradient puts between the rows are not counted: no implementation needs them. Of
+    the branches of a conditional, such as the forms of `jax.lax.platform_dependent`, the dearest counts: one is run.
     """
     total = 0.0
     for eqn in jaxpr.eqns:
@@ -35,10 +36,9 @@ def matmul_flops(jaxpr: Any) -> float:
             features = kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
             total += 2 * out.size * kernel.size / features / np.prod(eqn.params["lhs_dilation"])
         inner = [p for v in eqn.params.values() for p in (v if isinstance(v, tuple | list) else [v])]
+        counts = [matmul_flops(getattr(p, "jaxpr", p)) for p in inner if hasattr(p, "eqns") or hasattr(p, "jaxpr")]
         repeats = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
-        total += repeats * sum(
-            matmul_flops(getattr(p, "jaxpr", p)) for p in inner if hasattr(p, "eqns") or hasattr(p, "jaxpr")
-        )
+        total += repeats * (max(counts) if eqn.primitive.name == "cond" else sum(counts))
     return total
 
 

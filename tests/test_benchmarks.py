@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import cv2
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import inference, input_pipeline, ours, ours_input, parts, record, run, timing, train_step
+from benchmarks import flops, inference, input_pipeline, ours, ours_input, parts, record, run, timing, train_step
 from fpn_jax.common import flat_values
 from fpn_jax.errors import UserError
 
@@ -55,6 +57,20 @@ def test_turns_are_a_b_a_b_with_new_inputs_and_the_first_are_not_counted():
     times = timing.take_turns({"a": Side("a"), "b": Side("b")}, "p", repeats=2, warm_up=1)
     assert asked == [(name, "p", seed) for seed in range(3) for name in "ab"]
     assert [x.wall for x in times["a"]] == [1.0, 2.0]
+
+
+def test_flops_are_those_of_one_branch_and_of_every_round():
+    a = jnp.ones((4, 4))
+
+    def forms(a):
+        return jax.lax.platform_dependent(a, cpu=lambda a: a @ a, default=lambda a: a @ a @ a)
+
+    def loop(a):
+        return jax.lax.fori_loop(0, 3, lambda _, x: jax.jit(lambda x: x @ a)(x), a)
+
+    product = 2 * 4**3
+    for function, products in ((forms, 2), (loop, 3), (lambda a: forms(loop(a)), 5)):
+        assert flops.matmul_flops(jax.make_jaxpr(function)(a).jaxpr) == products * product
 
 
 def test_statistics_and_ratios():

@@ -1,7 +1,8 @@
 """RoIAlign (Mask R-CNN, arXiv 1703.06870, section 3) on one map and on a pyramid.
 
-Both read their RoIs from one table of cells, so that a RoI costs the same whatever the number of levels. Gradients
-flow to the features only, as in torchvision and detectron2: the RoIs are constants.
+Both read their RoIs from one table of cells, so that a RoI costs the same whatever the number of levels; on a TPU the
+pyramid's levels are read in place, see `roi_products`. Gradients flow to the features only, as in torchvision and
+detectron2: the RoIs are constants.
 """
 
 from collections.abc import Mapping, Sequence

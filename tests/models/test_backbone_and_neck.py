@@ -135,6 +135,17 @@ def test_both_max_pools_have_the_same_gradient(size):
     np.testing.assert_array_equal(pull(shifted)[0], expected(shifted)[0])
 
 
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_stem_and_pool_are_written_for_tpus_on_tpus_alone(platform):
+    x, stem = jnp.zeros((1, 16, 16, 3)), Conv(4, 7, stride=2)
+    variables = stem.init(jax.random.key(0), x)
+    pool, conv = (
+        jax.jit(f).trace(x).lower(lowering_platforms=(platform,)).as_text()
+        for f in (lambda x: max_pool(x, 3, 2), lambda x: stem.apply(variables, x))
+    )
+    assert ("reduce_window" in pool) == ("tensor<4x4x12x4xf32>" in conv) == (platform == "tpu")
+
+
 @pytest.mark.parametrize("kernel", [3, 5, 7])
 @pytest.mark.parametrize("size", [(16, 12), (15, 11), (9, 14)])
 def test_space_to_depth_is_the_convolution_of_stride_2(size, kernel):

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fpn_jax.ops.platforms import compiling_for
 from fpn_jax.ops.roi_align import multilevel_roi_align, roi_levels
-from fpn_jax.ops.roi_products import PIECE, Sampling, _pieces, align_by_products
+from fpn_jax.ops.roi_products import PIECE, _pieces
 
 LEVELS = (2, 3, 4, 5)
 
@@ -30,10 +31,9 @@ def rois_of_all_levels(b=2, r=90):
 
 
 def by_products(pyramid, rois, size=7, sampling_ratio=2, aligned=False, canonical=30.0):
-    levels = sorted(pyramid)
-    position = roi_levels(rois, levels, canonical=canonical) - levels[0]
-    sampling = Sampling(tuple(2.0**-level for level in levels), size, sampling_ratio, aligned)
-    return align_by_products([pyramid[level] for level in levels], rois, position, sampling)
+    """As a TPU gets it, with the levels and scales that `multilevel_roi_align` chooses."""
+    with compiling_for("tpu"):
+        return multilevel_roi_align(pyramid, rois, size, sampling_ratio, aligned, canonical=canonical)
 
 
 @partial(jax.jit, static_argnames="how")
