@@ -103,7 +103,7 @@ class Conv(nn.Module):
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
             feature_group_count=self.groups,
         )
-        if self.stride == 2 and x.shape[3] <= 4 and self.groups == 1:
+        if self.stride == 2 and self.kernel % 2 and x.shape[3] <= 4 and self.groups == 1:
             return by_platform(x, kernel, tpu=space_to_depth_conv, default=direct)
         products = x.shape[1] * x.shape[2] * x.shape[3] * self.features
         if products < _WINOGRAD_FROM or (self.kernel, self.stride, self.groups) != (3, 1, 1) or x.dtype != jnp.float32:

@@ -8,6 +8,7 @@ from fpn_jax.ops.platforms import by_platform
 
 BELOW = -1  # background
 BETWEEN = -2  # neither object nor background: left out of the loss
+GROUP = 8  # objects that are matched at a time on a CPU
 
 
 def match(iou: jax.Array, valid: jax.Array, high: float, low: float, low_quality: bool) -> jax.Array:
@@ -20,16 +21,9 @@ def match(iou: jax.Array, valid: jax.Array, high: float, low: float, low_quality
     box at 0; data preparation drops the empty objects that could do so.) Without objects all boxes are BELOW.
     Source: Faster R-CNN (arXiv 1506.01497), section 3.1.2.
     """
-    if iou.shape[0] == 0:
+    if iou.size == 0:
         return jnp.full(iou.shape[1:], BELOW, jnp.int32)
-    # Where the IoU is computed here, compilers compute it for each of the two reductions, and never write the matrix.
-    # The test for ties needs the very same bits from both, see `boxes.iou`.
-    iou = jnp.where(valid[:, None], iou, -1)
-    index = jax.lax.broadcasted_iota(jnp.int32, iou.shape, 0)
-    ties = valid[:, None] & (iou == iou.max(axis=1, keepdims=True)) if low_quality else jnp.zeros(iou.shape, bool)
-    start = jnp.array(-jnp.inf, iou.dtype), jnp.int32(0), jnp.array(False)
-    found = jax.lax.reduce((iou, index, ties), start, _better, (0,))
-    return _decide(*found, valid, high, low)
+    return _decide(*_best(iou, valid, 0, low_quality), valid, high, low)
 
 
 def match_boxes(
@@ -41,26 +35,45 @@ def match_boxes(
         objects,
         boxes,
         valid,
-        cpu=lambda *x: match_one_by_one(*x, *rules),
+        cpu=lambda *x: match_in_groups(*x, *rules),
         default=lambda objects, boxes, valid: match(iou_of(objects, boxes), valid, *rules),
     )
 
 
-def match_one_by_one(
+def match_in_groups(
     objects: jax.Array, boxes: jax.Array, valid: jax.Array, high: float, low: float, low_quality: bool
 ) -> jax.Array:
-    """`match_boxes` object by object: nine times as fast on a CPU, where XLA does not vectorise a search for maxima."""
-    r = boxes.shape[0]
+    """`match_boxes` by `GROUP` objects at a time: of more, XLA's CPU backend writes the matrix and takes three times as
+    long (benchmarks/LOG.md)."""
+    m, r = len(objects), len(boxes)
+    if not m or not r:
+        return jnp.full(r, BELOW, jnp.int32)
+    groups = -(-m // GROUP)
+    padding = groups * GROUP - m
 
-    def one(found, candidate):
-        index, box, is_valid = candidate
-        iou = jnp.where(is_valid, iou_of(box[None], boxes)[0], -1)
-        ties = is_valid & (iou == iou.max()) if low_quality else jnp.zeros(r, bool)
-        return _better(found, (iou, jnp.full(r, index), ties)), None
+    def add(found, group):
+        first, objects, valid = group
+        return _better(found, _best(iou_of(objects, boxes), valid, first, low_quality)), None
 
+    in_groups = (
+        jnp.arange(groups, dtype=jnp.int32) * GROUP,
+        jnp.pad(objects, ((0, padding), (0, 0))).reshape(groups, GROUP, 4),
+        jnp.pad(valid, (0, padding)).reshape(groups, GROUP),
+    )
     start = jnp.full(r, -jnp.inf), jnp.zeros(r, jnp.int32), jnp.zeros(r, bool)
-    found, _ = jax.lax.scan(one, start, (jnp.arange(objects.shape[0], dtype=jnp.int32), objects, valid))
+    found, _ = jax.lax.scan(add, start, in_groups)
     return _decide(*found, valid, high, low)
+
+
+def _best(iou: jax.Array, valid: jax.Array, first: int | jax.Array, low_quality: bool) -> tuple[jax.Array, ...]:
+    """(IoU, object, whether it is some object's best) of each box, all [r]: iou [m r], objects counted from `first`."""
+    # Where the IoU is computed here, compilers compute it for each of the two reductions, and never write the matrix.
+    # The test for ties needs the very same bits from both, see `boxes.iou`.
+    iou = jnp.where(valid[:, None], iou, -1)
+    index = first + jax.lax.broadcasted_iota(jnp.int32, iou.shape, 0)
+    ties = valid[:, None] & (iou == iou.max(axis=1, keepdims=True)) if low_quality else jnp.zeros(iou.shape, bool)
+    start = jnp.array(-jnp.inf, iou.dtype), jnp.int32(0), jnp.array(False)
+    return jax.lax.reduce((iou, index, ties), start, _better, (0,))
 
 
 def _better(one: tuple[jax.Array, ...], other: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:

@@ -34,12 +34,13 @@ def _conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
     def add_strip(i: jax.Array, y: jax.Array) -> jax.Array:
         tiles = _input_tiles(padded, i, rows, columns)
-        products = [[tiles[u][v].reshape(-1, c) @ kernels[u][v].reshape(c, -1) for v in range(4)] for u in range(4)]
+        flat = [[tiles[u][v].reshape(b * rows * columns, c) for v in range(4)] for u in range(4)]
+        products = [[flat[u][v] @ kernels[u][v].reshape(c, -1) for v in range(4)] for u in range(4)]
         halves = [_output_parts([products[u][v] for u in range(4)]) for v in range(4)]
         outputs = [_output_parts([halves[v][row] for v in range(4)]) for row in range(2)]
         shape = b, rows, columns, y.shape[-1]
         mine = jnp.stack([jnp.stack([part.reshape(shape) for part in row], 3) for row in outputs], 2)
-        mine = mine.reshape(b, 2 * rows, 2 * columns, -1)
+        mine = mine.reshape(b, 2 * rows, 2 * columns, y.shape[-1])
         return jax.lax.dynamic_update_slice_in_dim(y, mine, 2 * rows * i, 1)
 
     # All of it is written over. Zeros would be a constant, which XLA keeps in memory from the first loop to the last.
@@ -73,7 +74,7 @@ def _kernel_gradient(x: jax.Array, gradient: jax.Array) -> jax.Array:
         halves = [_output_parts_transposed([mine[:, row::2, column::2] for row in range(2)]) for column in range(2)]
         spread = [_output_parts_transposed([halves[column][u] for column in range(2)]) for u in range(4)]
         flat = [
-            [(tiles[u][v].reshape(-1, c), spread[u][v].reshape(b * rows * columns, -1)) for v in range(4)]
+            [[x[u][v].reshape(b * rows * columns, x[u][v].shape[-1]) for x in (tiles, spread)] for v in range(4)]
             for u in range(4)
         ]
         return [[total[u][v] + flat[u][v][0].T @ flat[u][v][1] for v in range(4)] for u in range(4)], None

@@ -29,6 +29,7 @@ def make_train_step(
     ema_decay: float = 0.0,
     mesh: Any = None,
     shard_params: str = "",
+    platform: str = "",
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """step(state, batch) -> (state, metrics), jitted; the given state's memory is reused, so it must not be read again.
 
@@ -39,8 +40,9 @@ def make_train_step(
         mesh: of the devices that the batch is split over; work on single images then stays on their device.
         shard_params: the axis of the mesh over which the state is split, see `sharding.layout`; so are the gradients
             and the update, while each device has all parameters to compute the losses with.
+        platform: whose forms of the operations the step is made of, see `ops.platforms`; that of the devices if empty.
     """
-    detector, platform = _on(detector, mesh), _platform(mesh)
+    detector, platform = _on(detector, mesh), platform or _platform(mesh)
 
     def place(tree: Any, over: str = shard_params) -> Any:
         return tree if mesh is None else sharding.constrain(mesh, tree, over)

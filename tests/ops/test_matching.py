@@ -15,7 +15,7 @@ match = jax.jit(matching.match, static_argnames=("high", "low", "low_quality"))
 
 FORMS = (
     lambda objects, boxes, *rest: matching.match(iou(objects, boxes), *rest),
-    matching.match_one_by_one,
+    matching.match_in_groups,
     matching.match_boxes,
 )
 RULES = [(0.75, 0.25, True), (0.75, 0.25, False), (0.5, 0.5, False), (0.5, 0.5, True)]
@@ -57,6 +57,10 @@ def test_match_is_that_of_a_loop(rule):
 def test_no_objects_and_no_boxes():
     assert match(jnp.zeros((0, 3)), jnp.zeros(0, bool), high=0.5, low=0.5, low_quality=True).tolist() == [BELOW] * 3
     assert match(jnp.zeros((2, 3)), jnp.zeros(2, bool), high=0.5, low=0.5, low_quality=True).tolist() == [BELOW] * 3
+    for form in FORMS:
+        for m, r in ((0, 3), (2, 0), (0, 0)):
+            found = form(jnp.zeros((m, 4)), jnp.zeros((r, 4)), jnp.ones(m, bool), 0.5, 0.5, True)
+            assert found.tolist() == [BELOW] * r
 
 
 def test_every_object_keeps_its_best_anchors_when_compiled_with_the_iou():
@@ -74,8 +78,9 @@ def test_every_object_keeps_its_best_anchors_when_compiled_with_the_iou():
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_both_forms_match_boxes_alike(rule):
+def test_both_forms_match_boxes_alike(rule, monkeypatch):
     """Small whole numbers make ties, between objects and between boxes; some objects are not numbers."""
+    monkeypatch.setattr(matching, "GROUP", 4)  # two groups, the second not full
     rng = np.random.default_rng(2)
     corners = rng.integers(0, 6, (20, 46, 2))
     boxes = np.concatenate([corners, corners + rng.integers(0, 4, (20, 46, 2))], -1).astype(np.float32)

@@ -14,7 +14,7 @@ def direct(x, kernel):
     )
 
 
-@pytest.mark.parametrize("shape", [(2, 6, 8, 5), (1, 5, 7, 3), (3, 1, 4, 2), (1, 1, 1, 4), (1, 2, 9, 1)])
+@pytest.mark.parametrize("shape", [(0, 6, 8, 5), (2, 6, 8, 5), (1, 5, 7, 3), (3, 1, 4, 2), (1, 1, 1, 4), (1, 2, 9, 1)])
 def test_values_and_gradients(shape):
     rng = np.random.default_rng(sum(shape))
     x, kernel = rng.normal(size=shape).astype(np.float32), rng.normal(size=(3, 3, shape[-1], 6)).astype(np.float32)

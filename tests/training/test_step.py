@@ -7,7 +7,6 @@ import pytest
 
 from fpn_jax.models import build_detector
 from fpn_jax.training import sharding
-from fpn_jax.training import step as step_module
 from fpn_jax.training.optim import make_optimizer, make_schedule
 from fpn_jax.training.state import inference_variables, init_variables, make_state
 from fpn_jax.training.step import make_detect, make_train_step
@@ -64,11 +63,10 @@ def test_the_step_is_deterministic_and_its_seed_matters(config, make_batch):
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
-def test_the_step_can_be_translated_for_every_platform(config, make_batch, platform, monkeypatch):
+def test_the_step_can_be_translated_for_every_platform(config, make_batch, platform):
     """What is written for CPUs alone must not be in the programs of the others."""
     mesh = sharding.make_mesh(jax.devices()[:1])
-    monkeypatch.setattr(step_module, "_platform", lambda mesh: platform)
-    _, state, step = set_up(config, mesh)
+    _, state, step = set_up(config, mesh, platform=platform)
     traced = step.trace(state, sharding.put_batch(mesh, vars(make_batch(8))))
     text = traced.lower(lowering_platforms=(platform,)).as_text()
     assert "stablehlo.convolution" in text
