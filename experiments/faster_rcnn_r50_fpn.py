@@ -1,11 +1,12 @@
 """Faster R-CNN, ResNet-50-FPN, 1x schedule: 90k steps of 16 images, shorter side 800. The base of all experiments.
 
     python -m fpn_jax.prepare --source=coco/2017 --data_dir=data
-    python -m fpn_jax.train --config=experiments/faster_rcnn_r50_fpn.py --workdir=runs/faster_rcnn_r50_fpn
+    python -m fpn_jax.train --config=experiments/faster_rcnn_r50_fpn.py --workdir=runs/faster_rcnn_r50_fpn \
+        --config.init_from=torchvision://resnet50/IMAGENET1K_V1 --config.init_part=backbone
 
 Hardware: 8 accelerators with 2 images each is the published setting. Duration: not measured by us yet.
 Score to expect: from ImageNet weights 37.4 to 37.9 AP on val2017 with this schedule (published by mmdetection and
-detectron2 for theirs). Without such weights (the default until they can be imported) train with
+detectron2 for theirs). Without such weights, that is without `init_from`, train with
 `--config.model.backbone.norm=gn --config.model.backbone.frozen_stages=0` and a much longer schedule (He et al. 2019).
 """
 

@@ -196,8 +196,9 @@ def _starting_weights(
     mesh: Any,
     checkpoints: checkpoint.Checkpoints,
 ) -> tuple[dict[str, Any], list[str]]:
-    """(variables of step 0, lines that say where they are from: none if they are random or a checkpoint replaces them).
+    """(variables of step 0, lines that say where they are from: none if a checkpoint replaces them).
 
+    Random ones are told only where a part of the backbone would stay so.
     Raises `UserError` if both the workdir, by `fpn_jax.convert`, and `config.init_from` have weights.
     """
     variables = init_variables(detector, image_size, config.seed)
@@ -214,7 +215,22 @@ def _starting_weights(
     if config.init_from:
         loaded = common.load_weights(config, variables, config.init_from)
         return loaded.variables, [f"weights: {config.init_from}, {loaded.describe()}", *loaded.remarks(config.model)]
-    return variables, []
+    return variables, _frozen_at_random(config.model.backbone)
+
+
+def _frozen_at_random(backbone: ml_collections.ConfigDict) -> list[str]:
+    """A line if what starts at random would never be trained, else none."""
+    frozen = []
+    if backbone.get("frozen_stages"):
+        frozen.append(f"model.backbone.frozen_stages={backbone.frozen_stages} never trains its first stages")
+    if backbone.norm == "frozen_bn":
+        frozen.append("model.backbone.norm=frozen_bn normalises nothing without a file's statistics")
+    if not frozen:
+        return []
+    return [
+        f"warning: the backbone starts from random weights, and {' and '.join(frozen)}; set --config.init_from=... "
+        "--config.init_part=backbone, or --config.model.backbone.norm=gn --config.model.backbone.frozen_stages=0"
+    ]
 
 
 def _changes(config: ml_collections.ConfigDict, workdir: str) -> list[str]:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -96,6 +97,24 @@ def test_init_from_a_file(tmp_path, config, arrays, file, reset):
     found = loader.export(weights_of(tmp_path / "run", "latest"), "torchvision", 7)
     for name, array in arrays.items():
         assert np.array_equal(found[name], array) != (reset and "box_predictor" in name), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"frozen_stages": 2}, ["frozen_stages=2", "norm=frozen_bn", "--config.init_from=..."]),
+        ({"frozen_stages": 1, "norm": "bn"}, ["frozen_stages=1 never", "--config.model.backbone.norm=gn"]),
+        ({"frozen_stages": 0, "norm": "gn"}, []),
+    ],
+)
+def test_random_weights_that_stay_random_are_told(config, monkeypatch, changes, named):
+    monkeypatch.setattr(train, "init_variables", lambda *_: {})
+    config.model.backbone.update(changes)
+    fresh = SimpleNamespace(latest_step=None, has_initial=False)
+    _, lines = train._starting_weights(config, None, (64, 64), None, fresh)
+    assert len(lines) == bool(named) and all(name in lines[0] for name in named)
+    continued = SimpleNamespace(latest_step=3)
+    assert train._starting_weights(config, None, (64, 64), None, continued)[1] == []
 
 
 def test_init_from_a_part_of_a_workdir(tmp_path, config, arrays, file):
