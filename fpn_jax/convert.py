@@ -2,7 +2,7 @@
 
 python -m fpn_jax.convert --from=fasterrcnn_resnet50_fpn_coco-258fb6c6.pth --workdir=runs/tv    # then evaluate, ...
 python -m fpn_jax.convert --from=resnet50.safetensors --part=backbone --config=... --workdir=runs/mine
-python -m fpn_jax.convert --workdir=runs/mine --to=my_detector.pth      # loads into torchvision with strict=True
+python -m fpn_jax.convert --workdir=runs/tv --to=my_detector.pth      # loads into torchvision with strict=True
 """
 
 from collections.abc import Mapping, Sequence

@@ -252,7 +252,10 @@ def test_the_code_for_torchvision_names_what_it_cannot_do():
         ({"box_head": {"convs": 4, "fcs": 1}}, r"model\.box_head\.norm is 'none': .* have 'bn' with norm_eps 1e-5"),
         ({"box": {"levels": (3, 4, 5)}}, r"model\.box\.levels is \(3, 4, 5\): .* have levels from the finest on"),
         ({"rpn": {"levels": (3, 4, 5, 6)}}, r"model\.rpn\.levels is \(3, 4, 5, 6\): .* have all levels of the neck"),
-        ({"backbone": {"width": 32}}, r"model\.backbone\.width is 32: torchvision's ResNet has 64 and no other"),
+        (
+            {"backbone": {"width": 32}},
+            r"width is 32: torchvision's ResNet has 64 and no other; train with model\.backbone\.width=64, .*--names=",
+        ),
     ],
 )
 def test_code_is_only_written_for_what_torchvision_can_build(change, message):
