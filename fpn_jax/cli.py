@@ -3,6 +3,8 @@
 import difflib
 import importlib.util
 import re
+import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -60,6 +62,19 @@ def check_required(**values: object) -> None:
     for name, value in values.items():
         if not value:
             raise UserError(f"--{name}= is missing; --help lists the flags")
+
+
+def interpreter() -> str:
+    """The running Python as the user would type it here: python, .venv/bin/python or its whole path."""
+    if not sys.executable:
+        return "python"
+    running, on_path = Path(sys.executable), shutil.which("python")
+    # Links are followed of the folder alone: a virtual environment's python is itself a link to the system's.
+    if on_path and Path(on_path).parent.resolve() == running.parent.resolve() and running.samefile(on_path):
+        return "python"
+    if running.is_relative_to(Path.cwd()):
+        running = running.relative_to(Path.cwd())
+    return shlex.quote(str(running))
 
 
 def _end(error: BaseException) -> None:

@@ -140,7 +140,7 @@ def main(argv: Sequence[str]) -> None:
         print("\n".join(convert_out(_WORKDIR.value, _TO.value, _NAMES.value, _CHECKPOINT.value)))
         return
     print("\n".join(convert_in(_CONFIG.value, _FROM.value, _WORKDIR.value, _PART.value, _RESET.value)))
-    print(f"next: python -m fpn_jax.predict --workdir={_WORKDIR.value} picture.jpg --output=found")
+    print(f"next: {cli.interpreter()} -m fpn_jax.predict --workdir={_WORKDIR.value} picture.jpg --output=found")
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def next_command(prepared: Prepared, data_dir: str) -> str:
         if prepared.dataset == COCO_2017:
             config = "experiments/faster_rcnn_r50_fpn.py"  # whose first stages are frozen: they need weights
             values |= {"init_from": "torchvision://resnet50/IMAGENET1K_V1", "init_part": "backbone"}
-    parts = ["python -m fpn_jax.train", f"--config={config}", f"--workdir={workdir}"]
+    parts = [f"{cli.interpreter()} -m fpn_jax.train", f"--config={config}", f"--workdir={workdir}"]
     parts += [f"--config.{key}={value}" for key, value in values.items()]
     return " ".join(parts)
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from tiny_coco import content, write_folder, write_images, write_json
 
+from fpn_jax import cli
 from fpn_jax.data import records, scenes
 from fpn_jax.data.datasets import open_split
 from fpn_jax.data.preparation import Prepared, prepare
@@ -26,7 +27,8 @@ def _run(*flags):
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 
-def test_the_command_reports_reuses_and_says_what_comes_next(tmp_path):
+def test_the_command_reports_reuses_and_says_what_comes_next(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
     source, data = write_folder(tmp_path / "fish", ("train", "val")), tmp_path / "data"
     done = _run(f"--source={source}", f"--data_dir={data}")
     counts = (
@@ -35,8 +37,8 @@ def test_the_command_reports_reuses_and_says_what_comes_next(tmp_path):
     )
     folder = data / "fish" / "1.0.0"
     following = (
-        "next: python -m fpn_jax.train --config=experiments/faster_rcnn_r18_fpn_cpu.py --workdir=runs/fish "
-        f"--config.data.data_dir={data} --config.data.dataset=fish --config.data.train_split=train "
+        f"next: {cli.interpreter()} -m fpn_jax.train --config=experiments/faster_rcnn_r18_fpn_cpu.py "
+        f"--workdir=runs/fish --config.data.data_dir={data} --config.data.dataset=fish --config.data.train_split=train "
         "--config.data.eval_split=val"
     )
     assert done.stderr == "" and done.returncode == 0
