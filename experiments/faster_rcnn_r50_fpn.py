@@ -21,7 +21,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.accumulate = 1  # pieces the batch is cut into on each device, for less memory
     config.num_steps = 90_000
     config.eval_every = 10_000  # steps; 0: only at the end
-    config.checkpoint_every = 1_000  # steps; also at the end
+    config.checkpoint_every = 1_000  # steps; also at the end; 0: only then
     config.eval_batch_size = 16
     config.pictures = 8  # of the evaluation split, drawn at the end
     config.init_from = ""  # weights to start from: a file, a workdir, torchvision://NAME/WEIGHTS or detectron2://...

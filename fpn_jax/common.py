@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import sys
 import zlib
 from collections.abc import Iterator, Mapping
@@ -70,6 +71,44 @@ def together(config: ml_collections.ConfigDict, workdir: str) -> Iterator[None]:
         facts |= {f"config.{key}": value for key, value in flat_values(config).items()}
         roll_call.agree("config and versions", facts, join_within)
         yield
+
+
+# Key of the config -> (its least value, whether that itself will do, what it must stay below).
+_NUMBERS = {
+    "num_steps": (1, True, math.inf),
+    "batch_size": (1, True, math.inf),
+    "eval_batch_size": (1, True, math.inf),
+    "accumulate": (1, True, math.inf),
+    "eval_every": (0, True, math.inf),
+    "checkpoint_every": (0, True, math.inf),
+    "pictures": (0, True, math.inf),
+    "ema_decay": (0, True, 1),
+    "join_within": (0, False, math.inf),
+    "dead_after": (0, False, math.inf),
+    "stall_after": (0, False, math.inf),
+    "optim.learning_rate": (0, False, math.inf),
+    "optim.base_batch_size": (0, True, math.inf),
+    "optim.weight_decay": (0, True, math.inf),
+    "optim.clip_norm": (0, True, math.inf),
+    "optim.warmup_steps": (0, True, math.inf),
+}
+
+
+def check_numbers(config: ml_collections.ConfigDict) -> None:
+    """Raise a `UserError` that names the first number of a training which lies beyond its bounds."""
+    values = flat_values(config)
+    for key, (least, itself, below) in _NUMBERS.items():
+        value = values.get(key, 1)  # a workdir of before there was the key has none
+        if not (value >= least if itself else value > least) or not value < below:
+            bounds = f"{'at least' if itself else 'above'} {least}" + (
+                f" and below {below}" if below < math.inf else ""
+            )
+            raise UserError(f"{key} is {value}; it must be {bounds}")
+    if config.batch_size % config.accumulate:
+        raise UserError(
+            f"batch_size is {config.batch_size}, which accumulate={config.accumulate} does not divide; set one so that "
+            "it does"
+        )
 
 
 def mesh_options(config: ml_collections.ConfigDict) -> sharding.MeshOptions:

@@ -131,6 +131,7 @@ def _check_config(config: ml_collections.ConfigDict, row: dict[str, Any]) -> Non
     """Raise a `UserError` that names the row if its detector, its data options or its stages cannot be."""
     try:
         row_config = changed(config.base, row["changes"], f"row {row['name']}")
+        common.check_numbers(row_config)
         build_detector(row_config.model, 1)
         common.pipeline_options(row_config)
         for stage in stage_configs(row_config, "").values():

@@ -40,6 +40,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     """Run the experiment in workdir, or what is left of it, and return the metrics of the last evaluation."""
     if "rows" in config:
         raise UserError("--config is an ablation of several rows; run it with python -m fpn_jax.sweep")
+    common.check_numbers(config)
     with common.together(config, workdir):
         return _train(config, workdir)
 
@@ -107,7 +108,7 @@ def _train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
                     log.message(warning)
                 last, stopping = step == config.num_steps, stop.came(step)
                 # Saving comes first: what an evaluation dies of must not cost the steps before it.
-                if last or stopping or step % config.checkpoint_every == 0:
+                if last or stopping or _is_due(config.checkpoint_every, step):
                     run.save(state, position)
                 if stopping and not last:
                     checkpoints.wait()
@@ -265,7 +266,12 @@ def _check_same_data(saved: dict[str, Any], wanted: dict[str, Any], workdir: str
 
 def _evaluates(config: ml_collections.ConfigDict, step: int) -> bool:
     """Whether the state after this step is scored."""
-    return step >= config.num_steps or bool(step and config.eval_every and step % config.eval_every == 0)
+    return step >= config.num_steps or _is_due(config.eval_every, step)
+
+
+def _is_due(every: int, step: int) -> bool:
+    """Whether this step is one of every so many; 0: none is."""
+    return bool(step and every and step % every == 0)
 
 
 def _finished(workdir: str) -> dict[str, Any] | None:
