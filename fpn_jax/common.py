@@ -126,9 +126,12 @@ def pipeline_options(config: ml_collections.ConfigDict) -> PipelineOptions:
     data = config.data
     # Devices that share an image get whole rows of C5, as many each.
     unit = STRIDE * max(1, mesh_options(config).space)
-    buckets = tuple(tuple(b) for b in data.buckets) or default_buckets(data.shorter, data.longest, unit)
+    buckets = semantics.plain(data.buckets) or default_buckets(data.shorter, data.longest, unit)
+    if not all(isinstance(bucket, tuple) for bucket in buckets):
+        example = (buckets,) if len(buckets) == 2 else ((256, 320), (320, 256))
+        raise UserError(f"data.buckets is {buckets}; give (height, width) pairs: {example}")
     for bucket in buckets:
-        if len(bucket) != 2 or any(side % STRIDE for side in bucket):
+        if len(bucket) != 2 or any(not isinstance(side, int) or side % STRIDE for side in bucket):
             raise UserError(f"data.buckets: {bucket} is not a (height, width) of multiples of {STRIDE}")
     return PipelineOptions(
         shorter=tuple(data.shorter),

@@ -127,6 +127,13 @@ def test_what_comes_every_0_steps_comes_only_at_the_end():
     assert not any(train._is_due(0, step) for step in range(7))
 
 
+def test_a_pair_alone_is_no_list_of_buckets():
+    config = get_config()
+    config.data.buckets = (256, 320)
+    with pytest.raises(UserError, match=r"data\.buckets is \(256, 320\); give .* pairs: \(\(256, 320\),\)$"):
+        common.pipeline_options(config)
+
+
 def test_buckets_must_suit_the_coarsest_stride():
     config = get_config()
     config.data.buckets = ((800, 1333),)
