@@ -22,7 +22,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from fpn_jax.data.decode import decode
 from fpn_jax.data.records import clip_xywh
-from fpn_jax.errors import UserError
+from fpn_jax.errors import UserError, some
 from fpn_jax.storage import mirror, paths
 
 _DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)  # what np.load makes of a spoiled file
@@ -137,7 +137,7 @@ class Split:
         lacking = [f"{category} {name!r}" for category, name in own if category not in label_of]
         if lacking:
             raise UserError(
-                f"data.classes: the list lacks categories of {self.name}: {_some(lacking)}; set data.classes='' to "
+                f"data.classes: the list lacks categories of {self.name}: {some(lacking)}; set data.classes='' to "
                 "take the data set's own classes"
             )
         other = [
@@ -147,7 +147,7 @@ class Split:
         ]
         if other:
             raise UserError(
-                f"data.classes: the list has other names for categories of {self.name}: {_some(other)}; set "
+                f"data.classes: the list has other names for categories of {self.name}: {some(other)}; set "
                 "data.classes='' to take the data set's own classes"
             )
         relabel = np.array([label_of[category] for category in self.category_ids], np.int32)
@@ -175,11 +175,6 @@ class Split:
         ]
         categories = [{"id": i, "name": name} for i, name in zip(self.category_ids, self.class_names, strict=True)]
         return {"images": images, "annotations": annotations, "categories": categories}
-
-
-def _some(items: list[str], most: int = 5) -> str:
-    """The first few, and how many more there are."""
-    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
 def open_split(data_dir: str | os.PathLike, dataset: str, split: str, cache_dir: str = "") -> Split:
