@@ -220,9 +220,8 @@ def _records(files: SplitFiles, annotations: Annotations, label_of: dict[int, in
     if len(bad) == 1:
         raise UserError(f"{bad[0]} (or remove its entry from {files.annotations})")
     if bad:
-        troubles = [
-            str(error).rpartition("; ")[0] or str(error) for error in bad
-        ]  # what to do about each is said once for all
+        # What to do about each is said once for all.
+        troubles = [str(error).rpartition("; ")[0] or str(error) for error in bad]
         more = " or more" if len(bad) >= _MOST_BAD_IMAGES else ""
         raise UserError(
             f"{files.annotations}: {len(bad)}{more} images are bad: {some(troubles, _MOST_NAMED, ' | ')}; copy or "
