@@ -28,6 +28,11 @@ def show(*arguments, cwd=ROOT):
     ("arguments", "names"),
     [
         ((), ["--config="]),
+        (("--config.data.data_dir=x",), ["--config.data.data_dir", "--config= is missing", "experiments/"]),
+        (("--config", "experiments/demo.py", "--config.lr=0.1"), ["--config.optim.learning_rate?"]),
+        (("--config=experiments/demo.py", "--config.optim.wd=0.1"), ["--config.optim.weight_decay?"]),
+        (("--config=experiments/demo.py", "--config.momentun=0.1"), ["--config.optim.momentum?"]),
+        (("--config=experiments/demo.py", "--config.zzzz=1"), ["--config.zzzz", "the keys are accumulate, batch_size"]),
         (("--config=nope.py",), ["nope.py", "experiments/"]),
         (("--config=README.md",), ["README.md"]),
         (("--config=experiments/demo.py", "--config.batch_sizee=4"), ["batch_sizee", "--config.batch_size?"]),
