@@ -160,14 +160,16 @@ def pad_tightly(options: PipelineOptions, image_sizes: np.ndarray) -> PipelineOp
     return dataclasses.replace(options, buckets=tuple(map(tuple, shapes.tolist())))
 
 
-def open_data(config: ml_collections.ConfigDict, split: str) -> Split:
+def open_data(config: ml_collections.ConfigDict, split: str, chosen_by: str = "split") -> Split:
     """One split of `config.data.dataset`, with the labels of the list `config.data.classes` if that names one.
 
+    chosen_by: the key or flag that the split is from, for the error if there is no such split.
     Raises `UserError` if there is no such list, or the data set has classes that are not in it.
     """
     name = config.data.get("classes", "")  # not there in workdirs of before there was a choice
     classes = class_list(name) if name else None  # an unknown name is told before the data is opened
-    opened = open_split(config.data.data_dir, config.data.dataset, split, config.data.get("cache_dir", ""))
+    data = config.data
+    opened = open_split(data.data_dir, data.dataset, split, data.get("cache_dir", ""), chosen_by)
     return opened.with_classes(classes.names, classes.category_ids) if classes else opened
 
 

@@ -112,7 +112,7 @@ def _classes(config: ml_collections.ConfigDict, slots: int | None, address: str,
         classes, origin = common.Classes(list(chosen.names), list(chosen.category_ids)), f"list {config.data.classes}"
     else:
         try:
-            split = common.open_data(config, config.data.eval_split)
+            split = common.open_data(config, config.data.eval_split, "data.eval_split")
             classes, origin = common.Classes(split.class_names, split.category_ids), f"data set {config.data.dataset}"
         except UserError:
             if slots is None:

@@ -56,8 +56,8 @@ def _train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     sharding.check_batch_size(mesh, config.batch_size // config.accumulate, "batch_size / accumulate")
     sharding.check_batch_size(mesh, config.eval_batch_size, "eval_batch_size")
 
-    train_split = common.open_data(config, config.data.train_split)
-    eval_split = common.open_data(config, config.data.eval_split)
+    train_split = common.open_data(config, config.data.train_split, "data.train_split")
+    eval_split = common.open_data(config, config.data.eval_split, "data.eval_split")
     classes = common.Classes(train_split.class_names, train_split.category_ids)
     common.check_classes(classes, eval_split, workdir)
     roll_call.agree("devices and data", common.fingerprint(train_split, eval_split), config.join_within)

@@ -177,19 +177,24 @@ class Split:
         return {"images": images, "annotations": annotations, "categories": categories}
 
 
-def open_split(data_dir: str | os.PathLike, dataset: str, split: str, cache_dir: str = "") -> Split:
+def open_split(
+    data_dir: str | os.PathLike, dataset: str, split: str, cache_dir: str = "", chosen_by: str = "split"
+) -> Split:
     """Open a split, e.g. ("data", "coco/2017", "validation"); a first opening of a foreign data set takes a pass.
 
     Of a data_dir on gs:// the split's files are copied to this machine first, once, below `cache_dir` (see
     `fpn_jax.storage.mirror`): in a shuffled epoch every image would else be waited for, a request each.
 
     Any data set that tfds prepared in its array_record format will do if it has `image` and `objects` with `bbox` and
-    `label`. Raises a `UserError` that names what there is if the data set or the split does not exist.
+    `label`. Raises a `UserError` that names what there is if the data set or the split does not exist; chosen_by: the
+    key or flag by which the user chose the split, to name there.
     """
     builder = _open(data_dir, dataset, split, cache_dir)
     if split not in builder.info.splits:
+        there = ", ".join(builder.info.splits)
         raise UserError(
-            f"{builder.data_dir}: no split {split!r} in data set {dataset}; it has {', '.join(builder.info.splits)}"
+            f"{builder.data_dir}: no split {split!r} in data set {dataset}; it has {there}: set {chosen_by} to one of "
+            "them"
         )
     class_names = _check_features(builder, dataset)
     source = Records(builder, split)

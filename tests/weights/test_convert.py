@@ -117,6 +117,13 @@ def test_random_weights_that_stay_random_are_told(config, monkeypatch, changes, 
     assert train._starting_weights(config, None, (64, 64), None, continued)[1] == []
 
 
+@pytest.mark.parametrize("key", ["train_split", "eval_split"])
+def test_a_split_that_is_not_there_is_told_by_the_key_to_set(tmp_path, config, key):
+    config.data[key] = "valid"
+    with pytest.raises(UserError, match=rf"no split 'valid' .* it has train, val: set data\.{key} to one of them"):
+        train.train(config, str(tmp_path / "run"))
+
+
 def test_init_from_a_part_of_a_workdir(tmp_path, config, arrays, file):
     convert_in(config, file, str(tmp_path / "first"))
     config.init_from = str(tmp_path / "first")
