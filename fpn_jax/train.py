@@ -215,7 +215,10 @@ def _starting_weights(
         return checkpoints.restore_weights(like, "latest")[0], [f"weights: those in {checkpoints.workdir}/initial"]
     if config.init_from:
         loaded = common.load_weights(config, variables, config.init_from)
-        return loaded.variables, [f"weights: {config.init_from}, {loaded.describe()}", *loaded.remarks(config.model)]
+        lines = [f"weights: {config.init_from}, {loaded.describe()}", *loaded.remarks(config.model)]
+        if any(name.startswith("params/backbone/") for name in loaded.fresh):  # init_part left it out
+            lines += _frozen_at_random(config.model.backbone)
+        return loaded.variables, lines
     return variables, _frozen_at_random(config.model.backbone)
 
 
@@ -229,7 +232,7 @@ def _frozen_at_random(backbone: ml_collections.ConfigDict) -> list[str]:
     if not frozen:
         return []
     return [
-        f"warning: the backbone starts from random weights, and {' and '.join(frozen)}; set --config.init_from=... "
+        f"warning: the backbone starts from random weights, but {', and '.join(frozen)}; set --config.init_from=... "
         "--config.init_part=backbone, or --config.model.backbone.norm=gn --config.model.backbone.frozen_stages=0"
     ]
 

@@ -113,6 +113,11 @@ def test_random_weights_that_stay_random_are_told(config, monkeypatch, changes, 
     fresh = SimpleNamespace(latest_step=None, has_initial=False)
     _, lines = train._starting_weights(config, None, (64, 64), None, fresh)
     assert len(lines) == bool(named) and all(name in lines[0] for name in named)
+    config.init_from = "neck.pth"
+    loaded = loader.Loaded({}, names.formats("torchvision")[0], 1, fresh=["params/backbone/stem_conv/kernel"])
+    monkeypatch.setattr(common, "load_weights", lambda *_: loaded)
+    _, told = train._starting_weights(config, None, (64, 64), None, fresh)
+    assert told[1:] == lines
     continued = SimpleNamespace(latest_step=3)
     assert train._starting_weights(config, None, (64, 64), None, continued)[1] == []
 
