@@ -1,11 +1,12 @@
 """Faster R-CNN, ResNet-50-FPN, 1x schedule: 90k steps of 16 images, shorter side 800. The base of all experiments.
 
     python -m fpn_jax.prepare --source=coco/2017 --data_dir=data
-    python -m fpn_jax.train --config=experiments/faster_rcnn_r50_fpn.py --workdir=runs/faster_rcnn_r50_fpn
+    python -m fpn_jax.train --config=experiments/faster_rcnn_r50_fpn.py --workdir=runs/faster_rcnn_r50_fpn \
+        --config.init_from=torchvision://resnet50/IMAGENET1K_V1 --config.init_part=backbone
 
 Hardware: 8 accelerators with 2 images each is the published setting. Duration: not measured by us yet.
 Score to expect: from ImageNet weights 37.4 to 37.9 AP on val2017 with this schedule (published by mmdetection and
-detectron2 for theirs). Without such weights (the default until they can be imported) train with
+detectron2 for theirs). Without such weights, that is without `init_from`, train with
 `--config.model.backbone.norm=gn --config.model.backbone.frozen_stages=0` and a much longer schedule (He et al. 2019).
 """
 
@@ -20,7 +21,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.accumulate = 1  # pieces the batch is cut into on each device, for less memory
     config.num_steps = 90_000
     config.eval_every = 10_000  # steps; 0: only at the end
-    config.checkpoint_every = 1_000  # steps; also at the end
+    config.checkpoint_every = 1_000  # steps; also at the end; 0: only then
     config.eval_batch_size = 16
     config.pictures = 8  # of the evaluation split, drawn at the end
     config.init_from = ""  # weights to start from: a file, a workdir, torchvision://NAME/WEIGHTS or detectron2://...

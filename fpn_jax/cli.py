@@ -2,7 +2,10 @@
 
 import difflib
 import importlib.util
+import itertools
 import re
+import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,6 +15,8 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from fpn_jax.errors import ProcessLost, Stopped, UserError, explain
+
+_ALIKE = 0.6  # difflib's ratio, from which on a key is worth suggesting
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
@@ -62,6 +67,19 @@ def check_required(**values: object) -> None:
             raise UserError(f"--{name}= is missing; --help lists the flags")
 
 
+def interpreter() -> str:
+    """The running Python as the user would type it here: python, .venv/bin/python or its whole path."""
+    if not sys.executable:
+        return "python"
+    running, on_path = Path(sys.executable), shutil.which("python")
+    # Links are followed of the folder alone: a virtual environment's python is itself a link to the system's.
+    if on_path and Path(on_path).parent.resolve() == running.parent.resolve() and running.samefile(on_path):
+        return "python"
+    if running.is_relative_to(Path.cwd()):
+        running = running.relative_to(Path.cwd())
+    return shlex.quote(str(running))
+
+
 def _end(error: BaseException) -> None:
     line, status = explain(error)
     sys.stdout.flush()
@@ -72,6 +90,10 @@ def _end(error: BaseException) -> None:
 def _parse_flags(argv: list[str]) -> list[str]:
     """absl's parsing, with its errors as one line that names the nearest right key."""
     given = [a.removeprefix("--config=") for a in argv if a.startswith("--config=")]
+    given += [value for name, value in itertools.pairwise(argv) if name == "--config"]
+    keys = [a.partition("=")[0] for a in argv if re.match("--(?:no)?config\\.", a)]
+    if keys and not given and "config" in flags.FLAGS:
+        raise UserError(f"{keys[0]} changes a value of a config, but --config= is missing; see the experiments/ folder")
     if given:
         config = load_config(given[-1])
         for argument in argv[1:]:
@@ -116,12 +138,24 @@ def _unknown_key(config: ConfigDict, key: str) -> str | None:
         node = node[part]
     else:
         return None
-    near = difflib.get_close_matches(key, list(_dotted(config)), 1, cutoff=0.5)
-    leaf = [k for k in _dotted(config) if k.split(".")[-1] == key.split(".")[-1]]
-    hint = (leaf or near or [None])[0]
+    hint = nearest_key(config, key)
     return f"--config.{key}: there is no such key; " + (
         f"did you mean --config.{hint}?" if hint else f"the keys are {', '.join(config.keys())}"
     )
+
+
+def nearest_key(config: ConfigDict, key: str) -> str | None:
+    """The dotted key of config that `key` may have meant: by its whole, its last part or the initials of that."""
+    last = key.split(".")[-1]
+
+    def likeness(known: str) -> tuple[bool, float, float]:
+        leaf = known.split(".")[-1]
+        initials = "".join(word[:1] for word in leaf.split("_"))  # lr for learning_rate
+        ratios = [difflib.SequenceMatcher(None, *pair).ratio() for pair in ((known, key), (leaf, last))]
+        return last == leaf or (len(initials) > 1 and last == initials), max(ratios), ratios[0]
+
+    best = max(_dotted(config), key=likeness)
+    return best if max(likeness(best)[:2]) >= _ALIKE else None
 
 
 def _dotted(config: ConfigDict, prefix: str = "") -> Iterator[str]:

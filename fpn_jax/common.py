@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import sys
 import zlib
 from collections.abc import Iterator, Mapping
@@ -72,6 +73,44 @@ def together(config: ml_collections.ConfigDict, workdir: str) -> Iterator[None]:
         yield
 
 
+# Key of the config -> (its least value, whether that itself will do, what it must stay below).
+_NUMBERS = {
+    "num_steps": (1, True, math.inf),
+    "batch_size": (1, True, math.inf),
+    "eval_batch_size": (1, True, math.inf),
+    "accumulate": (1, True, math.inf),
+    "eval_every": (0, True, math.inf),
+    "checkpoint_every": (0, True, math.inf),
+    "pictures": (0, True, math.inf),
+    "ema_decay": (0, True, 1),
+    "join_within": (0, False, math.inf),
+    "dead_after": (0, False, math.inf),
+    "stall_after": (0, False, math.inf),
+    "optim.learning_rate": (0, False, math.inf),
+    "optim.base_batch_size": (0, True, math.inf),
+    "optim.weight_decay": (0, True, math.inf),
+    "optim.clip_norm": (0, True, math.inf),
+    "optim.warmup_steps": (0, True, math.inf),
+}
+
+
+def check_numbers(config: ml_collections.ConfigDict) -> None:
+    """Raise a `UserError` that names the first number of a training which lies beyond its bounds."""
+    values = flat_values(config)
+    for key, (least, itself, below) in _NUMBERS.items():
+        value = values.get(key, 1)  # a workdir of before there was the key has none
+        if not (value >= least if itself else value > least) or not value < below:
+            bounds = f"{'at least' if itself else 'above'} {least}" + (
+                f" and below {below}" if below < math.inf else ""
+            )
+            raise UserError(f"{key} is {value}; it must be {bounds}")
+    if config.batch_size % config.accumulate:
+        raise UserError(
+            f"batch_size is {config.batch_size}, which accumulate={config.accumulate} does not divide; set one so that "
+            "it does"
+        )
+
+
 def mesh_options(config: ml_collections.ConfigDict) -> sharding.MeshOptions:
     """`config.mesh` as options of the mesh; the defaults for what a workdir of before there was a choice lacks."""
     values = dict(config.get("mesh", {}))
@@ -87,9 +126,12 @@ def pipeline_options(config: ml_collections.ConfigDict) -> PipelineOptions:
     data = config.data
     # Devices that share an image get whole rows of C5, as many each.
     unit = STRIDE * max(1, mesh_options(config).space)
-    buckets = tuple(tuple(b) for b in data.buckets) or default_buckets(data.shorter, data.longest, unit)
+    buckets = semantics.plain(data.buckets) or default_buckets(data.shorter, data.longest, unit)
+    if not all(isinstance(bucket, tuple) for bucket in buckets):
+        example = (buckets,) if len(buckets) == 2 else ((256, 320), (320, 256))
+        raise UserError(f"data.buckets is {buckets}; give (height, width) pairs: {example}")
     for bucket in buckets:
-        if len(bucket) != 2 or any(side % STRIDE for side in bucket):
+        if len(bucket) != 2 or any(not isinstance(side, int) or side % STRIDE for side in bucket):
             raise UserError(f"data.buckets: {bucket} is not a (height, width) of multiples of {STRIDE}")
     return PipelineOptions(
         shorter=tuple(data.shorter),
@@ -118,14 +160,16 @@ def pad_tightly(options: PipelineOptions, image_sizes: np.ndarray) -> PipelineOp
     return dataclasses.replace(options, buckets=tuple(map(tuple, shapes.tolist())))
 
 
-def open_data(config: ml_collections.ConfigDict, split: str) -> Split:
+def open_data(config: ml_collections.ConfigDict, split: str, chosen_by: str = "split") -> Split:
     """One split of `config.data.dataset`, with the labels of the list `config.data.classes` if that names one.
 
+    chosen_by: the key or flag that the split is from, for the error if there is no such split.
     Raises `UserError` if there is no such list, or the data set has classes that are not in it.
     """
     name = config.data.get("classes", "")  # not there in workdirs of before there was a choice
     classes = class_list(name) if name else None  # an unknown name is told before the data is opened
-    opened = open_split(config.data.data_dir, config.data.dataset, split, config.data.get("cache_dir", ""))
+    data = config.data
+    opened = open_split(data.data_dir, data.dataset, split, data.get("cache_dir", ""), chosen_by)
     return opened.with_classes(classes.names, classes.category_ids) if classes else opened
 
 

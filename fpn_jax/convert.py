@@ -2,7 +2,7 @@
 
 python -m fpn_jax.convert --from=fasterrcnn_resnet50_fpn_coco-258fb6c6.pth --workdir=runs/tv    # then evaluate, ...
 python -m fpn_jax.convert --from=resnet50.safetensors --part=backbone --config=... --workdir=runs/mine
-python -m fpn_jax.convert --workdir=runs/mine --to=my_detector.pth      # loads into torchvision with strict=True
+python -m fpn_jax.convert --workdir=runs/tv --to=my_detector.pth      # loads into torchvision with strict=True
 """
 
 from collections.abc import Mapping, Sequence
@@ -112,7 +112,7 @@ def _classes(config: ml_collections.ConfigDict, slots: int | None, address: str,
         classes, origin = common.Classes(list(chosen.names), list(chosen.category_ids)), f"list {config.data.classes}"
     else:
         try:
-            split = common.open_data(config, config.data.eval_split)
+            split = common.open_data(config, config.data.eval_split, "data.eval_split")
             classes, origin = common.Classes(split.class_names, split.category_ids), f"data set {config.data.dataset}"
         except UserError:
             if slots is None:
@@ -140,7 +140,7 @@ def main(argv: Sequence[str]) -> None:
         print("\n".join(convert_out(_WORKDIR.value, _TO.value, _NAMES.value, _CHECKPOINT.value)))
         return
     print("\n".join(convert_in(_CONFIG.value, _FROM.value, _WORKDIR.value, _PART.value, _RESET.value)))
-    print(f"next: python -m fpn_jax.predict --workdir={_WORKDIR.value} picture.jpg --output=found")
+    print(f"next: {cli.interpreter()} -m fpn_jax.predict --workdir={_WORKDIR.value} picture.jpg --output=found")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """How a run ends other than well: the exceptions, and the one line and the exit status that each becomes."""
 
 import errno
+from collections.abc import Sequence
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
 _PATH_ERRORS = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOENT)
@@ -32,6 +33,11 @@ class ProcessLost(Exception):
     """
 
     status = 76
+
+
+def some(items: Sequence[str], most: int = 5, separator: str = ", ") -> str:
+    """The first few for a message, and how many more there are."""
+    return separator.join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
 def explain(error: BaseException) -> tuple[str, int] | None:

@@ -59,7 +59,7 @@ def _evaluate(
     mesh = sharding.make_mesh(options=mesh_options)
     sharding.check_batch_size(mesh, config.eval_batch_size, "eval_batch_size")
     classes = common.Classes.read(workdir)
-    split = common.open_data(config, split_name)
+    split = common.open_data(config, split_name, "--split")
     common.check_classes(classes, split, workdir)
     options = common.pipeline_options(config)
     if tight:

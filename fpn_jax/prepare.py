@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from absl import logging
 
 from fpn_jax import cli
+from fpn_jax.data.coco_files import COCO_2017
 from fpn_jax.data.preparation import Prepared, prepare
 
 _SOURCE = cli.flag("source", str, None, "scenes, coco/2017 or a COCO-format folder.")
@@ -49,14 +50,19 @@ def report(prepared: Prepared) -> str:
 
 def next_command(prepared: Prepared, data_dir: str) -> str:
     """The training command for what was prepared."""
+    values = {"data.data_dir": data_dir}
     if prepared.dataset == "scenes":
-        config, workdir, splits = "experiments/demo.py", "runs/demo", {}
+        config, workdir = "experiments/demo.py", "runs/demo"
     else:
-        config, workdir = "experiments/faster_rcnn_r50_fpn.py", f"runs/{prepared.dataset.replace('/', '_')}"
+        workdir = f"runs/{prepared.dataset.replace('/', '_')}"
         train, evaluated = _guess_splits(list(prepared.counts))
-        splits = {"dataset": prepared.dataset, "train_split": train, "eval_split": evaluated}
-    parts = ["python -m fpn_jax.train", f"--config={config}", f"--workdir={workdir}"]
-    parts += [f"--config.data.{key}={value}" for key, value in {"data_dir": data_dir, **splits}.items()]
+        values |= {"data.dataset": prepared.dataset, "data.train_split": train, "data.eval_split": evaluated}
+        config = "experiments/faster_rcnn_r18_fpn_cpu.py"  # learns from random weights, on any machine
+        if prepared.dataset == COCO_2017:
+            config = "experiments/faster_rcnn_r50_fpn.py"  # whose first stages are frozen: they need weights
+            values |= {"init_from": "torchvision://resnet50/IMAGENET1K_V1", "init_part": "backbone"}
+    parts = [f"{cli.interpreter()} -m fpn_jax.train", f"--config={config}", f"--workdir={workdir}"]
+    parts += [f"--config.{key}={value}" for key, value in values.items()]
     return " ".join(parts)
 
 

@@ -92,7 +92,7 @@ def main(argv: Sequence[str]) -> None:
     config.data.dataset = _DATASET.value or config.data.dataset
     with common.together(config, _WORKDIR.value):
         common.set_up_jax()
-        split = common.open_data(config, _SPLIT.value or config.data.eval_split)
+        split = common.open_data(config, _SPLIT.value or config.data.eval_split, "--split")
         propose(_WORKDIR.value, split, paths.path(_OUTPUT.value), _MOST.value, _CHECKPOINT.value)
     images = f"{len(split)} images of {split.name} {split.split}"
     print(f"proposals of {images}, at most {_MOST.value} each: {_OUTPUT.value}")

@@ -96,7 +96,7 @@ def sweep(config: ml_collections.ConfigDict, workdir: str, seeds: int, only: Seq
     if failures:
         raise UserError(f"{len(failures)} runs failed: {'; '.join(failures)}; see above, mend, run the same command")
     if first:
-        print(f"done; next: python -m fpn_jax.report --workdir={workdir}")
+        print(f"done; next: {cli.interpreter()} -m fpn_jax.report --workdir={workdir}")
 
 
 def check_rows(config: ml_collections.ConfigDict) -> dict[str, dict[str, Any]]:
@@ -131,6 +131,7 @@ def _check_config(config: ml_collections.ConfigDict, row: dict[str, Any]) -> Non
     """Raise a `UserError` that names the row if its detector, its data options or its stages cannot be."""
     try:
         row_config = changed(config.base, row["changes"], f"row {row['name']}")
+        common.check_numbers(row_config)
         build_detector(row_config.model, 1)
         common.pipeline_options(row_config)
         for stage in stage_configs(row_config, "").values():

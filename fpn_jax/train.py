@@ -40,6 +40,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     """Run the experiment in workdir, or what is left of it, and return the metrics of the last evaluation."""
     if "rows" in config:
         raise UserError("--config is an ablation of several rows; run it with python -m fpn_jax.sweep")
+    common.check_numbers(config)
     with common.together(config, workdir):
         return _train(config, workdir)
 
@@ -55,8 +56,8 @@ def _train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     sharding.check_batch_size(mesh, config.batch_size // config.accumulate, "batch_size / accumulate")
     sharding.check_batch_size(mesh, config.eval_batch_size, "eval_batch_size")
 
-    train_split = common.open_data(config, config.data.train_split)
-    eval_split = common.open_data(config, config.data.eval_split)
+    train_split = common.open_data(config, config.data.train_split, "data.train_split")
+    eval_split = common.open_data(config, config.data.eval_split, "data.eval_split")
     classes = common.Classes(train_split.class_names, train_split.category_ids)
     common.check_classes(classes, eval_split, workdir)
     roll_call.agree("devices and data", common.fingerprint(train_split, eval_split), config.join_within)
@@ -107,7 +108,7 @@ def _train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
                     log.message(warning)
                 last, stopping = step == config.num_steps, stop.came(step)
                 # Saving comes first: what an evaluation dies of must not cost the steps before it.
-                if last or stopping or step % config.checkpoint_every == 0:
+                if last or stopping or _is_due(config.checkpoint_every, step):
                     run.save(state, position)
                 if stopping and not last:
                     checkpoints.wait()
@@ -196,8 +197,9 @@ def _starting_weights(
     mesh: Any,
     checkpoints: checkpoint.Checkpoints,
 ) -> tuple[dict[str, Any], list[str]]:
-    """(variables of step 0, lines that say where they are from: none if they are random or a checkpoint replaces them).
+    """(variables of step 0, lines that say where they are from: none if a checkpoint replaces them).
 
+    Random ones are told only where a part of the backbone would stay so.
     Raises `UserError` if both the workdir, by `fpn_jax.convert`, and `config.init_from` have weights.
     """
     variables = init_variables(detector, image_size, config.seed)
@@ -213,8 +215,26 @@ def _starting_weights(
         return checkpoints.restore_weights(like, "latest")[0], [f"weights: those in {checkpoints.workdir}/initial"]
     if config.init_from:
         loaded = common.load_weights(config, variables, config.init_from)
-        return loaded.variables, [f"weights: {config.init_from}, {loaded.describe()}", *loaded.remarks(config.model)]
-    return variables, []
+        lines = [f"weights: {config.init_from}, {loaded.describe()}", *loaded.remarks(config.model)]
+        if any(name.startswith("params/backbone/") for name in loaded.fresh):  # init_part left it out
+            lines += _frozen_at_random(config.model.backbone)
+        return loaded.variables, lines
+    return variables, _frozen_at_random(config.model.backbone)
+
+
+def _frozen_at_random(backbone: ml_collections.ConfigDict) -> list[str]:
+    """A line if what starts at random would never be trained, else none."""
+    frozen = []
+    if backbone.get("frozen_stages"):
+        frozen.append(f"model.backbone.frozen_stages={backbone.frozen_stages} never trains its first stages")
+    if backbone.norm == "frozen_bn":
+        frozen.append("model.backbone.norm=frozen_bn normalises nothing without a file's statistics")
+    if not frozen:
+        return []
+    return [
+        f"warning: the backbone starts from random weights, but {', and '.join(frozen)}; set --config.init_from=... "
+        "--config.init_part=backbone, or --config.model.backbone.norm=gn --config.model.backbone.frozen_stages=0"
+    ]
 
 
 def _changes(config: ml_collections.ConfigDict, workdir: str) -> list[str]:
@@ -249,7 +269,12 @@ def _check_same_data(saved: dict[str, Any], wanted: dict[str, Any], workdir: str
 
 def _evaluates(config: ml_collections.ConfigDict, step: int) -> bool:
     """Whether the state after this step is scored."""
-    return step >= config.num_steps or bool(step and config.eval_every and step % config.eval_every == 0)
+    return step >= config.num_steps or _is_due(config.eval_every, step)
+
+
+def _is_due(every: int, step: int) -> bool:
+    """Whether this step is one of every so many; 0: none is."""
+    return bool(step and every and step % every == 0)
 
 
 def _finished(workdir: str) -> dict[str, Any] | None:

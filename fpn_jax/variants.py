@@ -1,6 +1,5 @@
 """Configs that differ from a base in a few keys: rows of an ablation, stages of a training; and their differences."""
 
-import difflib
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 import ml_collections
 
+from fpn_jax.cli import nearest_key
 from fpn_jax.common import flat_values
 from fpn_jax.errors import UserError
 from fpn_jax.storage import paths
@@ -31,8 +31,8 @@ def changed(
         for group in groups:
             parent = parent[group] if isinstance(parent, ml_collections.ConfigDict) and group in parent else None
         if not isinstance(parent, ml_collections.ConfigDict) or name not in parent:
-            near = difflib.get_close_matches(key, list(flat_values(config)), 1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else "the keys are those of the base config"
+            near = nearest_key(config, key)
+            hint = f"did you mean {near}?" if near else "the keys are those of the base config"
             raise UserError(f"{where}: the config has no {key}; {hint}")
         if isinstance(value, Mapping):
             del parent[name]

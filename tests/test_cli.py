@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from fpn_jax import cli
+
 ROOT = Path(__file__).parent.parent
 SHOW = """
 from fpn_jax import cli
@@ -26,6 +28,11 @@ def show(*arguments, cwd=ROOT):
     ("arguments", "names"),
     [
         ((), ["--config="]),
+        (("--config.data.data_dir=x",), ["--config.data.data_dir", "--config= is missing", "experiments/"]),
+        (("--config", "experiments/demo.py", "--config.lr=0.1"), ["--config.optim.learning_rate?"]),
+        (("--config=experiments/demo.py", "--config.optim.wd=0.1"), ["--config.optim.weight_decay?"]),
+        (("--config=experiments/demo.py", "--config.momentun=0.1"), ["--config.optim.momentum?"]),
+        (("--config=experiments/demo.py", "--config.zzzz=1"), ["--config.zzzz", "the keys are accumulate, batch_size"]),
         (("--config=nope.py",), ["nope.py", "experiments/"]),
         (("--config=README.md",), ["README.md"]),
         (("--config=experiments/demo.py", "--config.batch_sizee=4"), ["batch_sizee", "--config.batch_size?"]),
@@ -50,3 +57,20 @@ def test_overrides_arrive_and_the_folder_does_not_matter(tmp_path):
     done = show(config, "--config.batch_size=4", "--config.data.shorter=(64, 96)", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("4 (64, 96) ")
+
+
+def test_the_interpreter_is_named_as_it_can_be_typed_here(tmp_path, monkeypatch):
+    system, here = tmp_path / "usr" / "python", tmp_path / "project" / ".venv" / "bin" / "python"
+    for path in (system, here):
+        path.parent.mkdir(parents=True)
+    system.write_text("")
+    system.chmod(0o755)
+    here.symlink_to(system)
+    monkeypatch.setattr(sys, "executable", str(here))
+    monkeypatch.setenv("PATH", str(system.parent))  # another python, though the environment's is a link to it
+    monkeypatch.chdir(tmp_path / "project")
+    assert cli.interpreter() == ".venv/bin/python"
+    monkeypatch.chdir(tmp_path / "usr")
+    assert cli.interpreter() == str(here)
+    monkeypatch.setenv("PATH", str(here.parent))  # activated
+    assert cli.interpreter() == "python"

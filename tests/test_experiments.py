@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from experiments.faster_rcnn_r50_fpn import get_config
-from fpn_jax import common
+from fpn_jax import common, train
 from fpn_jax.errors import UserError
 from fpn_jax.models import build_detector
 from fpn_jax.models.backbones.resnet import ResNet
@@ -92,6 +92,46 @@ def test_the_base_config_has_the_pipelines_defaults():
 def test_what_does_not_fit_is_refused_by_its_key(change, message):
     with pytest.raises(UserError, match=message):
         build_detector(get_config().model.to_dict() | change, 3)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("num_steps", -5, r"num_steps is -5; it must be at least 1"),
+        ("optim.learning_rate", -1.0, r"optim\.learning_rate is -1\.0; it must be above 0"),
+        ("optim.learning_rate", float("nan"), r"optim\.learning_rate is nan; it must be above 0"),
+        ("ema_decay", 1.0, r"ema_decay is 1\.0; it must be at least 0 and below 1"),
+        ("accumulate", 0, r"accumulate is 0; it must be at least 1"),
+        ("accumulate", 3, r"batch_size is 16, which accumulate=3 does not divide"),
+        ("eval_every", -1, r"eval_every is -1; it must be at least 0"),
+        ("checkpoint_every", -1, r"checkpoint_every is -1; it must be at least 0"),
+        ("pictures", -1, r"pictures is -1; it must be at least 0"),
+        ("dead_after", 0.0, r"dead_after is 0\.0; it must be above 0"),
+    ],
+)
+def test_numbers_beyond_their_bounds_are_refused_before_anything_starts(tmp_path, key, value, message):
+    config = get_config()
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError, match=message):
+        train.train(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_the_numbers_of_an_experiment_lie_within_bounds(path):
+    common.check_numbers(load(path).get_config())
+
+
+def test_what_comes_every_0_steps_comes_only_at_the_end():
+    assert [step for step in range(7) if train._is_due(3, step)] == [3, 6]
+    assert not any(train._is_due(0, step) for step in range(7))
+
+
+def test_a_pair_alone_is_no_list_of_buckets():
+    config = get_config()
+    config.data.buckets = (256, 320)
+    with pytest.raises(UserError, match=r"data\.buckets is \(256, 320\); give .* pairs: \(\(256, 320\),\)$"):
+        common.pipeline_options(config)
 
 
 def test_buckets_must_suit_the_coarsest_stride():

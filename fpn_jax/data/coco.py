@@ -19,10 +19,11 @@ from typing import Any
 from fpn_jax.data.coco_files import SplitFiles
 from fpn_jax.data.decode import decode
 from fpn_jax.data.records import Counts, RecordsBuilder, record
-from fpn_jax.errors import UserError
+from fpn_jax.errors import UserError, some
 
 _THREADS = min(8, os.cpu_count() or 1)
 _MOST_BAD_IMAGES = 20  # then the rest is not tried any more
+_MOST_NAMED = 10  # images in a message
 
 
 @dataclass(frozen=True)
@@ -198,13 +199,14 @@ def _check_images(files: SplitFiles, annotations: Annotations) -> None:
     missing = files.images.missing(image["file_name"] for image in annotations.images)
     if missing:
         raise UserError(
-            f"{files.annotations}: {len(missing)} of {len(annotations.images)} images are missing, the first is "
-            f"{missing[0]}; looked in {files.images.looked_in()}"
+            f"{files.annotations}: {len(missing)} of {len(annotations.images)} images are missing: "
+            f"{some(missing, _MOST_NAMED)}; looked in {files.images.looked_in()}; copy them there or remove their "
+            "entries"
         )
 
 
 def _records(files: SplitFiles, annotations: Annotations, label_of: dict[int, int], counts: Counts) -> Iterator[dict]:
-    """The split's records, every image tried; raises a `UserError` that counts the bad ones when all are through."""
+    """The split's records, every image tried; raises a `UserError` that names the bad ones when all are through."""
     bad: list[UserError] = []
     for image, data in _read_images(files, annotations.images):
         if isinstance(data, UserError):
@@ -215,8 +217,16 @@ def _records(files: SplitFiles, annotations: Annotations, label_of: dict[int, in
         objects = [_object(item, label_of) for item in annotations.objects[image["id"]]]
         size = image["height"], image["width"]
         yield record(data, image["id"], image["file_name"], size, objects, counts)
+    if len(bad) == 1:
+        raise UserError(f"{bad[0]} (or remove its entry from {files.annotations})")
     if bad:
-        raise UserError(f"{bad[0]} (bad images of {files.annotations}: {len(bad)}, this is the first)")
+        # What to do about each is said once for all.
+        troubles = [str(error).rpartition("; ")[0] or str(error) for error in bad]
+        more = " or more" if len(bad) >= _MOST_BAD_IMAGES else ""
+        raise UserError(
+            f"{files.annotations}: {len(bad)}{more} images are bad: {some(troubles, _MOST_NAMED, ' | ')}; copy or "
+            "download them again, or correct or remove their entries"
+        )
 
 
 def _object(item: dict, label_of: dict[int, int]) -> dict:
@@ -239,7 +249,7 @@ def _read_images(files: SplitFiles, images: list[dict]) -> Iterator[tuple[dict, 
     def load(image: dict) -> bytes | UserError:
         try:
             data = files.images.read(image["file_name"])
-            decode(data, image["file_name"], (image["height"], image["width"]))
+            decode(data, files.images.where(image["file_name"]), (image["height"], image["width"]))
         except UserError as error:
             return error
         return data

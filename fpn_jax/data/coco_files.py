@@ -50,6 +50,9 @@ class Images(Protocol):
     def read(self, name: str) -> bytes:
         """A file's bytes; raises a `UserError` if it cannot be read."""
 
+    def where(self, name: str) -> str:
+        """The path of a file that there is, for messages."""
+
     def looked_in(self) -> str:
         """Where files are looked for, for messages."""
 
@@ -83,6 +86,9 @@ class FolderImages:
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions") from None
 
+    def where(self, name: str) -> str:
+        return str(self._find(name) or name)
+
     def looked_in(self) -> str:
         return ", ".join(str(folder) for folder in self._folders)
 
@@ -109,6 +115,9 @@ class ZipImages:
 
     def read(self, name: str) -> bytes:
         return _read_member(self._zip, self._archive, f"{self._folder}/{name}")
+
+    def where(self, name: str) -> str:
+        return f"{self.looked_in()}/{name}"
 
     def looked_in(self) -> str:
         return f"{self._archive}/{self._folder}"

@@ -22,7 +22,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from fpn_jax.data.decode import decode
 from fpn_jax.data.records import clip_xywh
-from fpn_jax.errors import UserError
+from fpn_jax.errors import UserError, some
 from fpn_jax.storage import mirror, paths
 
 _DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)  # what np.load makes of a spoiled file
@@ -137,7 +137,7 @@ class Split:
         lacking = [f"{category} {name!r}" for category, name in own if category not in label_of]
         if lacking:
             raise UserError(
-                f"data.classes: the list lacks categories of {self.name}: {_some(lacking)}; set data.classes='' to "
+                f"data.classes: the list lacks categories of {self.name}: {some(lacking)}; set data.classes='' to "
                 "take the data set's own classes"
             )
         other = [
@@ -147,7 +147,7 @@ class Split:
         ]
         if other:
             raise UserError(
-                f"data.classes: the list has other names for categories of {self.name}: {_some(other)}; set "
+                f"data.classes: the list has other names for categories of {self.name}: {some(other)}; set "
                 "data.classes='' to take the data set's own classes"
             )
         relabel = np.array([label_of[category] for category in self.category_ids], np.int32)
@@ -177,24 +177,24 @@ class Split:
         return {"images": images, "annotations": annotations, "categories": categories}
 
 
-def _some(items: list[str], most: int = 5) -> str:
-    """The first few, and how many more there are."""
-    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
-
-
-def open_split(data_dir: str | os.PathLike, dataset: str, split: str, cache_dir: str = "") -> Split:
+def open_split(
+    data_dir: str | os.PathLike, dataset: str, split: str, cache_dir: str = "", chosen_by: str = "split"
+) -> Split:
     """Open a split, e.g. ("data", "coco/2017", "validation"); a first opening of a foreign data set takes a pass.
 
     Of a data_dir on gs:// the split's files are copied to this machine first, once, below `cache_dir` (see
     `fpn_jax.storage.mirror`): in a shuffled epoch every image would else be waited for, a request each.
 
     Any data set that tfds prepared in its array_record format will do if it has `image` and `objects` with `bbox` and
-    `label`. Raises a `UserError` that names what there is if the data set or the split does not exist.
+    `label`. Raises a `UserError` that names what there is if the data set or the split does not exist; chosen_by: the
+    key or flag by which the user chose the split, to name there.
     """
     builder = _open(data_dir, dataset, split, cache_dir)
     if split not in builder.info.splits:
+        there = ", ".join(builder.info.splits)
         raise UserError(
-            f"{builder.data_dir}: no split {split!r} in data set {dataset}; it has {', '.join(builder.info.splits)}"
+            f"{builder.data_dir}: no split {split!r} in data set {dataset}; it has {there}: set {chosen_by} to one of "
+            "them"
         )
     class_names = _check_features(builder, dataset)
     source = Records(builder, split)

@@ -147,8 +147,11 @@ def _check_levels(key: str, wanted: Sequence[int], there: Sequence[int]) -> None
         raise UserError(f"model.{key}.levels is empty; give at least one of {tuple(there)}")
     for level in wanted:
         if level not in there:
+            kept = tuple(level for level in wanted if level in there) or "some of those"
+            rows = ", and model.rpn.sizes to a row for each" if key == "rpn" else ""
             raise UserError(
-                f"model.{key}.levels is {tuple(wanted)}: model.neck gives levels {tuple(there)}, no level {level}"
+                f"model.{key}.levels is {tuple(wanted)}: model.neck gives levels {tuple(there)}, no level {level}; set "
+                f"it to {kept}{rows}"
             )
     if len(set(wanted)) < len(wanted):
         raise UserError(f"model.{key}.levels is {tuple(wanted)}; name each level once")

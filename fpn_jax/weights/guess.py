@@ -71,16 +71,22 @@ def _detectron2(shapes: Mapping[str, Any]) -> str:
 
 
 def _resnet(shapes: Mapping[str, tuple[int, ...]], prefix: str, first: int, file: str) -> dict[str, Any]:
-    def count(stage: int) -> int:
-        return sum(f"{prefix.format(stage, i)}.conv1.weight" in shapes for i in range(64))
-
-    blocks = tuple(count(first + i) for i in range(4))
-    deep = f"{prefix.format(first, 0)}.conv3.weight" in shapes
+    # One tensor is as good as all of a block's: what a file lacks is for the loader to name.
+    stages = [[block for block in range(64) if _has(shapes, prefix.format(first + i, block))] for i in range(4)]
+    blocks = tuple(max(stage, default=-1) + 1 for stage in stages)
+    firsts = [prefix.format(first, block) for block in stages[0]]
+    deep = any(_has(shapes, f"{block}.conv3") for block in firsts)
     depths = [depth for depth, known in BLOCKS.items() if known == blocks and (depth >= 50) == deep]
     if not depths:
         raise UserError(f"{file}: a ResNet with {blocks} blocks is none of the usual; say with --config= what it is")
-    out, of_group = shapes[f"{prefix.format(first, 0)}.conv2.weight"][:2]
     changes = {"model.backbone.depth": depths[0]}
-    if deep and of_group != out:
+    middle = next((shapes[f"{block}.conv2.weight"] for block in firsts if f"{block}.conv2.weight" in shapes), None)
+    if deep and middle and middle[0] != middle[1]:
+        out, of_group = middle[:2]
         changes |= {"model.backbone.groups": out // of_group, "model.backbone.width_per_group": of_group}
     return changes
+
+
+def _has(shapes: Mapping[str, Any], module: str) -> bool:
+    """Whether a module of this name has any tensor."""
+    return any(name.startswith(f"{module}.") for name in shapes)

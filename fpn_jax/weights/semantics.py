@@ -175,7 +175,10 @@ model.eval()
 
 def _resnet(backbone: Mapping[str, Any], norm: str) -> tuple[str, str]:
     if backbone["width"] != _WIDTH:
-        raise UserError(f"model.backbone.width is {backbone['width']}: torchvision's ResNet has {_WIDTH} and no other")
+        raise UserError(
+            f"model.backbone.width is {backbone['width']}: torchvision's ResNet has {_WIDTH} and no other; train with "
+            f"model.backbone.width={_WIDTH}, or write our own names with --names=fpn_jax"
+        )
     deep = backbone["depth"] >= 50
     block, growth = ("Bottleneck", 4) if deep else ("BasicBlock", 1)
     blocks = list(backbone.get("blocks") or BLOCKS[backbone["depth"]])

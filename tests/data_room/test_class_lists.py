@@ -152,6 +152,8 @@ def test_open_data_takes_the_list_that_the_config_names(tmp_path):
     del config.data.classes, config.data.pixels  # a workdir of before these keys
     assert common.open_data(config, "train").category_ids == [4, 90]
     assert common.pipeline_options(config).pixels == "uint8"
+    with pytest.raises(UserError, match=r"no split 'valid' .*; it has train: set data\.eval_split to one of them"):
+        common.open_data(config, "valid", "data.eval_split")
     config.data.classes = "coco_90"
     with pytest.raises(UserError, match=r"data\.classes is 'coco_90'"):
         common.open_data(config, "nothere")

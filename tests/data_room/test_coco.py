@@ -135,11 +135,14 @@ def test_splits_must_agree_about_the_classes(tmp_path):
     ]  # fmt: skip
 
 
-def test_missing_images_are_counted_and_the_first_is_named(tmp_path):
+def test_missing_images_are_counted_and_named(tmp_path):
     root = write_folder(tmp_path / "fish")
     (root / "images" / "train" / "007.jpg").unlink()
     (root / "images" / "train" / "005.jpg").unlink()
-    with pytest.raises(UserError, match=r"instances_train.json: 2 of 3 images are missing, the first is 007.jpg"):
+    missing = (
+        r"instances_train.json: 2 of 3 images are missing: 007.jpg, 005.jpg; looked in .*; copy them there or remove"
+    )
+    with pytest.raises(UserError, match=missing):
         prepare(str(root), tmp_path / "data")
     assert not (tmp_path / "data").exists()
 
@@ -160,17 +163,18 @@ def test_bad_images_are_named_and_leave_nothing_behind(tmp_path, spoil, message)
     path.write_bytes(spoil(path.read_bytes()))
     with pytest.raises(UserError, match=message) as caught:
         prepare(str(root), tmp_path / "data")
-    assert "\n" not in str(caught.value) and "this is the first" in str(caught.value)
+    message = str(caught.value)
+    assert "\n" not in message and message.startswith(str(path)) and "remove its entry from" in message
     assert [p for p in (tmp_path / "data").rglob("*") if p.is_file()] == []
     path.write_bytes(picture(7))  # mended: the same command works
     assert prepare(str(root), tmp_path / "data").written
 
 
-def test_all_bad_images_are_counted(tmp_path):
+def test_all_bad_images_are_named_with_their_paths(tmp_path):
     root = write_folder(tmp_path / "fish")
     for name in ("003.jpg", "005.jpg"):
-        (root / "images" / "train" / name).write_bytes(b"nothing")
-    with pytest.raises(UserError, match=r"003\.jpg.*instances_train.json: 2, this is the first"):
+        (root / "images" / "train" / name).write_bytes(b"")
+    with pytest.raises(UserError, match=r"instances_train.json: 2 images are bad: /.*003\.jpg: .* \| /.*005\.jpg: "):
         prepare(str(root), tmp_path / "data")
 
 

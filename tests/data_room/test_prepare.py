@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 from tiny_coco import content, write_folder, write_images, write_json
 
+from fpn_jax import cli
 from fpn_jax.data import records, scenes
 from fpn_jax.data.datasets import open_split
-from fpn_jax.data.preparation import prepare
+from fpn_jax.data.preparation import Prepared, prepare
+from fpn_jax.data.records import Counts
 from fpn_jax.errors import UserError
+from fpn_jax.prepare import next_command
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,7 +27,8 @@ def _run(*flags):
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 
-def test_the_command_reports_reuses_and_says_what_comes_next(tmp_path):
+def test_the_command_reports_reuses_and_says_what_comes_next(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
     source, data = write_folder(tmp_path / "fish", ("train", "val")), tmp_path / "data"
     done = _run(f"--source={source}", f"--data_dir={data}")
     counts = (
@@ -33,8 +37,8 @@ def test_the_command_reports_reuses_and_says_what_comes_next(tmp_path):
     )
     folder = data / "fish" / "1.0.0"
     following = (
-        "next: python -m fpn_jax.train --config=experiments/faster_rcnn_r50_fpn.py --workdir=runs/fish "
-        f"--config.data.data_dir={data} --config.data.dataset=fish --config.data.train_split=train "
+        f"next: {cli.interpreter()} -m fpn_jax.train --config=experiments/faster_rcnn_r18_fpn_cpu.py "
+        f"--workdir=runs/fish --config.data.data_dir={data} --config.data.dataset=fish --config.data.train_split=train "
         "--config.data.eval_split=val"
     )
     assert done.stderr == "" and done.returncode == 0
@@ -44,6 +48,14 @@ def test_the_command_reports_reuses_and_says_what_comes_next(tmp_path):
     again = _run(f"--source={source}", f"--data_dir={data}")
     assert again.stdout.splitlines() == [*expected[:2], f"fish is already in {folder}", following]
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+def test_only_coco_itself_is_told_to_train_on_a_frozen_backbone_and_with_weights(tmp_path):
+    prepared = Prepared("coco/2017", tmp_path, True, {"train": Counts(), "validation": Counts()})
+    command = next_command(prepared, "data")
+    assert "--config=experiments/faster_rcnn_r50_fpn.py --workdir=runs/coco_2017 " in command
+    assert "--config.init_from=torchvision://resnet50/IMAGENET1K_V1 --config.init_part=backbone" in command
+    assert "init_from" not in next_command(Prepared("fish", tmp_path, True, {"train": Counts()}), "data")
 
 
 @pytest.mark.parametrize(

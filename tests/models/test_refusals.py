@@ -52,6 +52,11 @@ REFUSED = [  # beginning of the message, changes
         {"rpn.levels": (2, 3, 4, 5, 7)},
     ),
     (
+        "model.rpn.levels is (2, 3, 4, 5, 6): model.neck gives levels (2, 3, 4, 5), no level 6; set it to "
+        "(2, 3, 4, 5), and model.rpn.sizes to a row for each",
+        {"neck": NONE},
+    ),
+    (
         "model.rpn.levels is (2, 3, 4, 5, 6): model.neck gives levels (2, 3, 4, 5), no level 6",
         {"neck.extra_level": False},
     ),
@@ -60,7 +65,7 @@ REFUSED = [  # beginning of the message, changes
     ("model.rpn.levels is (2, 2, 3, 4, 5); name each level once", {"rpn.levels": (2, 2, 3, 4, 5)}),
     ("model.box.levels is (1, 2): model.neck gives levels (2, 3, 4, 5, 6), no level 1", {"box.levels": (1, 2)}),
     (
-        "model.box.levels is (2, 3, 4, 5): model.neck gives levels (2,), no level 3",
+        "model.box.levels is (2, 3, 4, 5): model.neck gives levels (2,), no level 3; set it to (2,)",
         {"detector": "fast_rcnn", "neck.outputs": (2,), "neck.extra_level": False},
     ),
     ("model.box.levels is empty; give at least one of (2, 3, 4, 5, 6)", {"box.levels": ()}),

@@ -5,6 +5,7 @@ import hashlib
 import json
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -25,7 +26,7 @@ def config(tiny_config, scenes_dir):
     tiny_config.data.data_dir = str(scenes_dir)
     tiny_config.model.backbone.norm = "frozen_bn"
     tiny_config.update(num_steps=1, checkpoint_every=1, eval_every=0, pictures=0, ema_decay=0.0)
-    tiny_config.optim.update(name="sgd", learning_rate=0.0)
+    tiny_config.optim.update(name="sgd", learning_rate=1e-30)  # too little for float32
     return tiny_config
 
 
@@ -68,7 +69,7 @@ def test_in_evaluated_trained_and_out(tmp_path, config, arrays, file):
     with pytest.raises(UserError, match=r"--workdir=.*/run: there are weights in it already; give another folder"):
         convert_in(config, file, workdir)
 
-    # Training there starts from them: with a rate of 0 they are the same afterwards.
+    # Training there starts from them: with next to no rate they are the same afterwards.
     metrics = train.train(config, workdir)
     assert_has(weights_of(workdir, "latest"), arrays)
     assert np.isfinite(metrics["AP"])
@@ -96,6 +97,36 @@ def test_init_from_a_file(tmp_path, config, arrays, file, reset):
     found = loader.export(weights_of(tmp_path / "run", "latest"), "torchvision", 7)
     for name, array in arrays.items():
         assert np.array_equal(found[name], array) != (reset and "box_predictor" in name), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"frozen_stages": 2}, ["frozen_stages=2", "norm=frozen_bn", "--config.init_from=..."]),
+        ({"frozen_stages": 1, "norm": "bn"}, ["frozen_stages=1 never", "--config.model.backbone.norm=gn"]),
+        ({"frozen_stages": 0, "norm": "gn"}, []),
+    ],
+)
+def test_random_weights_that_stay_random_are_told(config, monkeypatch, changes, named):
+    monkeypatch.setattr(train, "init_variables", lambda *_: {})
+    config.model.backbone.update(changes)
+    fresh = SimpleNamespace(latest_step=None, has_initial=False)
+    _, lines = train._starting_weights(config, None, (64, 64), None, fresh)
+    assert len(lines) == bool(named) and all(name in lines[0] for name in named)
+    config.init_from = "neck.pth"
+    loaded = loader.Loaded({}, names.formats("torchvision")[0], 1, fresh=["params/backbone/stem_conv/kernel"])
+    monkeypatch.setattr(common, "load_weights", lambda *_: loaded)
+    _, told = train._starting_weights(config, None, (64, 64), None, fresh)
+    assert told[1:] == lines
+    continued = SimpleNamespace(latest_step=3)
+    assert train._starting_weights(config, None, (64, 64), None, continued)[1] == []
+
+
+@pytest.mark.parametrize("key", ["train_split", "eval_split"])
+def test_a_split_that_is_not_there_is_told_by_the_key_to_set(tmp_path, config, key):
+    config.data[key] = "valid"
+    with pytest.raises(UserError, match=rf"no split 'valid' .* it has train, val: set data\.{key} to one of them"):
+        train.train(config, str(tmp_path / "run"))
 
 
 def test_init_from_a_part_of_a_workdir(tmp_path, config, arrays, file):
@@ -233,7 +264,10 @@ def test_the_code_for_torchvision_names_what_it_cannot_do():
         ({"box_head": {"convs": 4, "fcs": 1}}, r"model\.box_head\.norm is 'none': .* have 'bn' with norm_eps 1e-5"),
         ({"box": {"levels": (3, 4, 5)}}, r"model\.box\.levels is \(3, 4, 5\): .* have levels from the finest on"),
         ({"rpn": {"levels": (3, 4, 5, 6)}}, r"model\.rpn\.levels is \(3, 4, 5, 6\): .* have all levels of the neck"),
-        ({"backbone": {"width": 32}}, r"model\.backbone\.width is 32: torchvision's ResNet has 64 and no other"),
+        (
+            {"backbone": {"width": 32}},
+            r"width is 32: torchvision's ResNet has 64 and no other; train with model\.backbone\.width=64, .*--names=",
+        ),
     ],
 )
 def test_code_is_only_written_for_what_torchvision_can_build(change, message):

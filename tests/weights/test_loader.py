@@ -83,6 +83,16 @@ def test_the_experiment_is_read_off_the_weights():
         guess.experiment(shaped("resnet50"), "resnet50")
 
 
+@pytest.mark.parametrize("lost", ["layer1.0.conv1", "layer1.0.conv2", "layer1.0.conv3", "layer4.2.conv1"])
+def test_a_missing_tensor_does_not_hide_which_experiment_it_is(lost):
+    arrays = shaped("fasterrcnn_resnet50_fpn")
+    del arrays[f"backbone.body.{lost}.weight"]
+    config = config_for(arrays, "x.pth")
+    assert config.model.backbone.depth == 50
+    with pytest.raises(UserError, match=rf"does not fit: backbone\.body\.{lost}\.weight is missing\. Nothing"):
+        loader.load(variables_for(config), arrays, "x.pth", 7)
+
+
 def shaped(name):
     """A file's shapes without its weights."""
     return {key: np.broadcast_to(np.float32(0), shape) for key, shape in SHAPES[name].items()}
