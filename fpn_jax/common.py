@@ -86,7 +86,7 @@ _NUMBERS = {
     "join_within": (0, False, math.inf),
     "dead_after": (0, False, math.inf),
     "stall_after": (0, False, math.inf),
-    "optim.learning_rate": (0, False, math.inf),
+    "optim.learning_rate": (0, True, math.inf),
     "optim.base_batch_size": (0, True, math.inf),
     "optim.weight_decay": (0, True, math.inf),
     "optim.clip_norm": (0, True, math.inf),
