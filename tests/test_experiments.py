@@ -98,8 +98,8 @@ def test_what_does_not_fit_is_refused_by_its_key(change, message):
     ("key", "value", "message"),
     [
         ("num_steps", -5, r"num_steps is -5; it must be at least 1"),
-        ("optim.learning_rate", -1.0, r"optim\.learning_rate is -1\.0; it must be above 0"),
-        ("optim.learning_rate", float("nan"), r"optim\.learning_rate is nan; it must be above 0"),
+        ("optim.learning_rate", -1.0, r"optim\.learning_rate is -1\.0; it must be at least 0"),
+        ("optim.learning_rate", float("nan"), r"optim\.learning_rate is nan; it must be at least 0"),
         ("ema_decay", 1.0, r"ema_decay is 1\.0; it must be at least 0 and below 1"),
         ("accumulate", 0, r"accumulate is 0; it must be at least 1"),
         ("accumulate", 3, r"batch_size is 16, which accumulate=3 does not divide"),
