@@ -52,6 +52,7 @@ def devices_of(topology: str) -> tuple[list[Any], Slice | None]:
 
 def plan(config: ml_collections.ConfigDict, topology: str, bucket: tuple[int, int], largest: bool) -> dict[str, Any]:
     """Print the plan of the step of this bucket and return it, fit for JSON."""
+    common.check_numbers(config)
     devices, slice_ = devices_of(topology)
     options = common.mesh_options(config)
     mesh = sharding.make_mesh(devices, options)

@@ -12,7 +12,7 @@ import pytest
 
 from fpn_jax.errors import UserError
 from fpn_jax.models import build_detector
-from fpn_jax.plan import bucket_of, devices_of
+from fpn_jax.plan import bucket_of, devices_of, plan
 from fpn_jax.planning.chips import CHIPS, parse_slice
 from fpn_jax.planning.scaling import usual_slices, weak_scaling
 from fpn_jax.planning.step import OTHER, PARTS, abstract_batch, largest_batch, part_of, plan_step
@@ -127,6 +127,12 @@ def test_the_command_for_local_devices(tiny_experiment, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "2 local devices: 4 images of 64x64 a step, 2 a device" in done.stdout
     assert json.loads(output.read_text())["step"]["images"] == 4
+
+
+def test_numbers_beyond_their_bounds_are_refused(tiny_config):
+    tiny_config.accumulate = 0
+    with pytest.raises(UserError, match="accumulate is 0; it must be at least 1"):
+        plan(tiny_config, "local:1", (64, 64), largest=False)
 
 
 def test_mistakes_are_told():
