@@ -9,10 +9,11 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+STEPS = 48
 
 
 def command(config_path, workdir):
-    changes = ["--config.num_steps=100", "--config.checkpoint_every=10"]
+    changes = [f"--config.num_steps={STEPS}", "--config.checkpoint_every=6"]
     return [sys.executable, "-m", "fpn_jax.train", f"--config={config_path}", f"--workdir={workdir}", *changes]
 
 
@@ -35,14 +36,13 @@ def environment():
 
 
 def test_a_killed_run_continues_with_the_same_losses(tmp_path, tiny_experiment):
-    steps = 100
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     whole = subprocess.run(
         command(tiny_experiment, unbroken), cwd=ROOT, env=environment(), capture_output=True, text=True
     )
     assert whole.returncode == 0, whole.stderr
     expected = losses(unbroken)
-    assert sorted(expected) == list(range(1, steps + 1))
+    assert sorted(expected) == list(range(1, STEPS + 1))
 
     victim = subprocess.Popen(command(tiny_experiment, broken), cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
@@ -51,7 +51,7 @@ def test_a_killed_run_continues_with_the_same_losses(tmp_path, tiny_experiment):
     victim.send_signal(signal.SIGKILL)
     assert victim.wait() == -signal.SIGKILL
     before = sorted(losses(broken))
-    assert before[-1] < steps, "the run ended before it could be killed"
+    assert before[-1] < STEPS, "the run ended before it could be killed"
     assert being_written(broken), "the save was done before it could be cut short"
 
     again = subprocess.run(
@@ -66,7 +66,7 @@ def test_a_killed_run_continues_with_the_same_losses(tmp_path, tiny_experiment):
 def test_a_run_told_to_stop_saves_first_and_says_so(tmp_path, tiny_experiment):
     """SIGTERM: the next step is saved, the status is one of its own, and nothing is lost or done twice."""
     workdir = tmp_path / "run"
-    changes = ["--config.num_steps=100", "--config.checkpoint_every=1000"]
+    changes = [f"--config.num_steps={STEPS}", "--config.checkpoint_every=1000"]
     arguments = [sys.executable, "-m", "fpn_jax.train", f"--config={tiny_experiment}", f"--workdir={workdir}", *changes]
     process = subprocess.Popen(arguments, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 300
@@ -83,7 +83,9 @@ def test_a_run_told_to_stop_saves_first_and_says_so(tmp_path, tiny_experiment):
     again = subprocess.run(arguments, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert f"continuing at step {saved.name}" in again.stderr
-    assert sorted(losses(workdir)) == list(range(1, 101))
+    assert sorted(losses(workdir)) == list(range(1, STEPS + 1))
     assert "compiled once more" not in again.stderr + errors
     waits = [json.loads(line).get("data_wait") for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    assert all(0 <= wait <= 1 for wait in waits if wait is not None) and sum(wait is not None for wait in waits) == 100
+    assert (
+        all(0 <= wait <= 1 for wait in waits if wait is not None) and sum(wait is not None for wait in waits) == STEPS
+    )
