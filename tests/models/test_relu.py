@@ -46,3 +46,11 @@ def test_a_chain_of_residual_layers_keeps_one_map_for_each():
 
     assert needed(relu) < layers + 4
     assert needed(jax.nn.relu) > needed(relu) + layers / 2
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_on_accelerators_a_barrier_keeps_the_output_and_nothing_beside_it(platform):
+    """Without it they keep a mask, or what the output is made of, as well; see benchmarks/LOG.md."""
+    gradient = jax.jit(jax.grad(lambda x: relu(2 * x).sum()))
+    text = gradient.trace(jnp.ones(8)).lower(lowering_platforms=(platform,)).as_text()
+    assert "optimization_barrier" in text and "inlineable" not in text
