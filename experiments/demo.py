@@ -4,8 +4,7 @@
     python -m fpn_jax.train --config=experiments/demo.py --workdir=runs/demo
 
 Measured on 2 shared cores (AMD EPYC, as two CPU devices, see the Makefile): AP50 0.801, AP 0.532 on `val`; with
-`--config.seed=1` 0.779 and 0.511. From an empty environment, the installation included, `make demo` took 4 min 57 s
-idle and 7 min 32 s beside other work.
+`--config.seed=1` 0.779 and 0.511. From an empty environment, the installation included, `make demo` took 6 min 24 s.
 """
 
 import ml_collections
