@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -87,22 +88,34 @@ class Conv(nn.Module):
         if not pad:
             y = windows(x, self.kernel) @ kernel.reshape(-1, self.features)
         elif self.kernel == 1 and self.groups == 1:
-            y = x[:, :: self.stride, :: self.stride] @ kernel[0, 0]
+            y = self._multiply(x, kernel)
         else:
             y = self._convolve(x, kernel)
         if self.use_bias:
             y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         return y
 
-    def _convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    def _multiply(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+            return x[:, :: self.stride, :: self.stride] @ kernel[0, 0]
+
+        if self.stride == 1:
+            return product(x, kernel)
+        # XLA's GPU compiler would fuse the strided slice into the product, and cannot: it aborts (benchmarks/LOG.md).
+        return by_platform(x, kernel, cpu=product, tpu=product, default=self._direct())
+
+    def _direct(self) -> Callable[[jax.Array, jax.Array], jax.Array]:
         pad = self.kernel // 2
-        direct = functools.partial(
+        return functools.partial(
             jax.lax.conv_general_dilated,
             window_strides=(self.stride, self.stride),
             padding=((pad, pad), (pad, pad)),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
             feature_group_count=self.groups,
         )
+
+    def _convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        direct = self._direct()
         if self.stride == 2 and self.kernel % 2 and x.shape[3] <= 4 and self.groups == 1:
             return by_platform(x, kernel, tpu=space_to_depth_conv, default=direct)
         products = x.shape[1] * x.shape[2] * x.shape[3] * self.features
