@@ -1,10 +1,12 @@
 """What a training step needs on machines that one does not have (yet): memory, messages, cycles, the largest batch.
 
 python -m fpn_jax.plan --config=experiments/faster_rcnn_r50_fpn.py --topology=v5e:16x16 [--batch_size=512] [--largest]
+python -m fpn_jax.plan --config=experiments/faster_rcnn_r50_fpn.py --topology=h100:8 [...]
 python -m fpn_jax.plan --config=experiments/demo.py --topology=local:8
 
-The very training step is compiled ahead of time, by the TPU compiler (pip install -e ".[tpu]"; no TPU is needed) or for
-local devices. A ResNet-50 takes it some minutes on two cores.
+The very training step is compiled ahead of time, by the TPU compiler (pip install -e ".[tpu]"; no TPU is needed), by
+the one for GPUs (pip install -e ".[cuda]"; no GPU is needed) or for local devices. On two cores a ResNet-50 takes
+minutes for TPUs, half a minute for GPUs.
 """
 
 import dataclasses
@@ -20,14 +22,17 @@ from fpn_jax import cli, common
 from fpn_jax.errors import UserError
 from fpn_jax.models import build_detector
 from fpn_jax.planning import page
-from fpn_jax.planning.chips import Slice, parse_slice
+from fpn_jax.planning.chips import CHIPS, Slice, parse_slice
+from fpn_jax.planning.gpus import GPUS, Hosts, parse_hosts
 from fpn_jax.planning.scaling import usual_slices, weak_scaling
 from fpn_jax.planning.step import DoesNotFitError, StepPlan, largest_batch, plan_step, slice_devices
 from fpn_jax.training import sharding
 from fpn_jax.training.optim import peak_rate
 
 _CONFIG = cli.config_flag()
-_TOPOLOGY = cli.flag("topology", str, "local", "v5e:16x16, v6e:8x8, v5p:4x4x4, ...; local; local:8 (CPU devices).")
+_TOPOLOGY = cli.flag(
+    "topology", str, "local", "v5e:16x16, v6e:8x8, v5p:4x4x4; h100:8, a100:2x8; local; local:8 (CPU devices)."
+)
 _BATCH_SIZE = cli.flag("batch_size", int, 0, "Images of a step on all devices; 0: the config's.")
 _BUCKET = cli.flag("bucket", str, "", "Height and width as 832x1344; empty: the config's largest.")
 _CLASSES = cli.flag("classes", int, 80, "Classes of the data set.")
@@ -36,10 +41,18 @@ _LARGEST = cli.flag("largest", bool, False, "Also seek the largest batch that fi
 _OUTPUT = cli.flag("output", str, "", "A JSON file for the plan.")
 
 
-def devices_of(topology: str) -> tuple[list[Any], Slice | None]:
-    """(devices, the slice they are; None for local ones). Raises `UserError` for a topology that there is not."""
+def devices_of(topology: str) -> tuple[list[Any], Slice | Hosts | None]:
+    """(devices, the machine they are; None for local ones). Raises `UserError` for a topology that there is not."""
     name, _, count = topology.partition(":")
+    if name in GPUS:
+        hosts = parse_hosts(topology)
+        return hosts.devices(), hosts
     if name != "local":
+        if name not in CHIPS:
+            raise UserError(
+                f"--topology={topology}: {name!r} is not one of {', '.join((*CHIPS, *GPUS))}; say v5e:16x16, h100:8 or "
+                "local:8"
+            )
         slice_ = parse_slice(topology)
         return slice_devices(slice_), slice_
     if count and not (count.isdecimal() and int(count) > 0):
@@ -53,12 +66,13 @@ def devices_of(topology: str) -> tuple[list[Any], Slice | None]:
 def plan(config: ml_collections.ConfigDict, topology: str, bucket: tuple[int, int], largest: bool) -> dict[str, Any]:
     """Print the plan of the step of this bucket and return it, fit for JSON."""
     common.check_numbers(config)
-    devices, slice_ = devices_of(topology)
+    devices, machine = devices_of(topology)
     options = common.mesh_options(config)
     mesh = sharding.make_mesh(devices, options)
     coarsest = build_detector(config.model, _CLASSES.value).coarsest_stride
     sharding.check_buckets(mesh, [bucket], common.STRIDE, coarsest)
-    shape = _CLASSES.value, _OBJECTS.value, bucket, mesh, options.shard_params
+    hosts = machine if isinstance(machine, Hosts) else None
+    shape = _CLASSES.value, _OBJECTS.value, bucket, mesh, options.shard_params, hosts
     try:
         step = plan_step(config, *shape)
     except DoesNotFitError as error:
@@ -67,10 +81,10 @@ def plan(config: ml_collections.ConfigDict, topology: str, bucket: tuple[int, in
         print(f"{config.batch_size} images: {error}")
         step = None
     if step:
-        print(page.describe(step, slice_, peak_rate(config.optim, config.batch_size)))
+        print(page.describe(step, machine, peak_rate(config.optim, config.batch_size)))
     found = {"topology": topology, "bucket": bucket, "step": _as_json(step)}
-    if step and slice_ and slice_.chip.name != "v5p":
-        scalings = weak_scaling(step.cycles / slice_.chip.clock, step.gradient_bytes, usual_slices(slice_.chip))
+    if step and isinstance(machine, Slice) and machine.chip.name != "v5p":
+        scalings = weak_scaling(step.cycles / machine.chip.clock, step.gradient_bytes, usual_slices(machine.chip))
         print(f"\nThe same images a chip on slices of other sizes:\n\n{page.scaling_table(scalings)}")
         found["weak_scaling"] = [s._asdict() | {"slice": str(s.slice)} for s in scalings]
     if largest:
@@ -116,7 +130,8 @@ def _advice(config: ml_collections.ConfigDict, error: DoesNotFitError) -> str:
 def _as_json(step: StepPlan | None) -> dict[str, Any] | None:
     if step is None:
         return None
-    return dataclasses.asdict(step) | {"messages": [m._asdict() for m in step.messages]}
+    named = {"messages": [m._asdict() for m in step.messages]}
+    return dataclasses.asdict(step) | named | {"bounds": {part: bound._asdict() for part, bound in step.bounds.items()}}
 
 
 def bucket_of(config: ml_collections.ConfigDict, given: str) -> tuple[int, int]:

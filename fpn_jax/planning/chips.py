@@ -64,6 +64,16 @@ class Slice:
         return self.chip.accelerator_type.format(n=self.size, cores=2 * self.size)
 
     @property
+    def memory(self) -> float:
+        """Bytes of a chip that a program can use."""
+        return self.chip.memory
+
+    @property
+    def description(self) -> str:
+        """For people."""
+        return f"{self} ({self.size} chips, {self.accelerator_type})"
+
+    @property
     def bandwidth(self) -> float:
         """Bytes per second that a chip can send in an all-reduce over the whole slice, over all its links.
 

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from fpn_jax.planning.chips import Slice
+from fpn_jax.planning.gpus import Hosts
 from fpn_jax.planning.hlo import ROUNDS
 from fpn_jax.planning.scaling import Scaling
 from fpn_jax.planning.step import StepPlan
@@ -11,21 +12,20 @@ from fpn_jax.planning.step import StepPlan
 _SMALL = 4096  # bytes of a message that is about latency alone
 
 
-def describe(plan: StepPlan, slice_: Slice | None, rate: float) -> str:
-    """What one step needs; rate: the learning rate after warm-up."""
-    on = f"{slice_} ({slice_.size} chips, {slice_.accelerator_type})" if slice_ else f"{plan.devices} local devices"
+def describe(plan: StepPlan, machine: Slice | Hosts | None, rate: float) -> str:
+    """What one step needs; machine: None for local devices; rate: the learning rate after warm-up."""
+    on = machine.description if machine else f"{plan.devices} local devices"
     height, width = plan.bucket
     lines = [
         f"{on}: {plan.images} images of {height}x{width} a step, {plan.images / plan.devices:g} a device",
         f"learning rate   {rate:g}",
-        f"memory          {_memory(plan, slice_)}",
+        f"memory          {_memory(plan, machine)}",
         f"FLOPs           {plan.flops_per_image / 1e9:.0f} G an image, forward and backward",
         f"sent            {_messages(plan)}",
     ]
     if plan.parts:
-        clock = (
-            f" = {1e3 * plan.cycles / slice_.chip.clock:.0f} ms at {slice_.chip.clock / 1e9:.2f} GHz" if slice_ else ""
-        )
+        clock = machine.chip.clock if machine else 0.0
+        clock = f" = {1e3 * plan.cycles / clock:.0f} ms at {clock / 1e9:.2f} GHz" if clock else ""
         lines += [
             f"cycles          {plan.cycles / 1e6:.1f} M as the compiler estimates{clock}, {plan.matrix_share:.0%} "
             "of them in convolutions and matrix products",
@@ -34,6 +34,18 @@ def describe(plan: StepPlan, slice_: Slice | None, rate: float) -> str:
             "",
             f"The rounds of {plan.assumed_loops} loops depend on the data, here {ROUNDS} each. Sorts, gathers and "
             "scatters have no estimate: they come on top.",
+        ]
+    if plan.bounds:
+        images = plan.images / plan.devices
+        used = plan.flops_per_image * images / plan.seconds / machine.gpu.matrix_flops
+        lines += [
+            f"time            {1e3 * plan.seconds:.1f} ms at least, {plan.images / plan.seconds:.0f} images/s at most, "
+            f"{used:.0%} of the peak in bfloat16",
+            "",
+            bounds_table(plan),
+            "",
+            "Each kernel computes, or reads and writes, at full speed. Starting kernels, sorting in several passes, "
+            f"what is sent, and {plan.assumed_loops} loops beyond {ROUNDS} rounds come on top.",
         ]
     return "\n".join(lines)
 
@@ -52,6 +64,23 @@ def cycles_table(plan: StepPlan) -> str:
     ]
     head = ("part", "of the cycles", "convolutions, products, M", "all else, M", "operations without an estimate")
     return _table(head, rows)
+
+
+def bounds_table(plan: StepPlan) -> str:
+    """The least time of GPUs by part."""
+    order = sorted(plan.bounds.items(), key=lambda item: -item[1].seconds)
+    rows = [
+        (
+            part,
+            f"{1e3 * bound.seconds:.2f}",
+            f"{1e3 * bound.computing:.2f}",
+            f"{1e3 * bound.moving:.2f}",
+            f"{bound.flops / 1e9:.0f}",
+            str(bound.kernels),
+        )
+        for part, bound in order
+    ]
+    return _table(("part", "ms", "bound by computing", "by memory", "GFLOPs", "kernels"), rows)
 
 
 def scaling_table(scalings: Sequence[Scaling]) -> str:
@@ -76,10 +105,10 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ruler, *rows))
 
 
-def _memory(plan: StepPlan, slice_: Slice | None) -> str:
+def _memory(plan: StepPlan, machine: Slice | Hosts | None) -> str:
     gib = {name: size / 2**30 for name, size in plan.memory.items()}
-    limit = f" of {slice_.chip.memory / 2**30:.2f}" if slice_ else ""
-    share = f" ({plan.memory['total'] / slice_.chip.memory:.0%})" if slice_ else ""
+    limit = f" of {machine.memory / 2**30:.2f}" if machine else ""
+    share = f" ({plan.memory['total'] / machine.memory:.0%})" if machine else ""
     parts = ", ".join(f"{name} {gib[name]:.2f}" for name in ("arguments", "temporary", "program"))
     return f"{gib['total']:.2f}{limit} GiB a device{share}: {parts}"
 

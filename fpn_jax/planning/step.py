@@ -15,7 +15,9 @@ from fpn_jax.errors import UserError
 from fpn_jax.models import build_detector
 from fpn_jax.models.detector import Detector
 from fpn_jax.planning.chips import Slice
+from fpn_jax.planning.gpus import Hosts
 from fpn_jax.planning.hlo import Message, Program, Run
+from fpn_jax.planning.roofline import Bound, bounds_by_part
 from fpn_jax.training import sharding
 from fpn_jax.training.optim import make_optimizer, make_schedule
 from fpn_jax.training.state import init_variables, make_state
@@ -48,6 +50,7 @@ class StepPlan:
     messages: list[Message]
     parts: dict[str, tuple[int, int]]  # estimated cycles: in convolutions and matrix products, in all else; {}: unknown
     not_estimated: dict[str, int]  # by part, operations that the compiler gives no cycles for
+    bounds: dict[str, Bound]  # of GPUs, by part; {} for others
     assumed_loops: int  # whose rounds the data decide
     seconds_to_compile: float
 
@@ -55,6 +58,11 @@ class StepPlan:
     def cycles(self) -> int:
         """Estimated, of the whole step."""
         return sum(sum(pair) for pair in self.parts.values())
+
+    @property
+    def seconds(self) -> float:
+        """At least, of the whole step on GPUs."""
+        return sum(bound.seconds for bound in self.bounds.values())
 
     @property
     def matrix_share(self) -> float:
@@ -109,10 +117,12 @@ def plan_step(
     bucket: tuple[int, int],
     mesh: Any,
     over: str = "",
+    hosts: Hosts | None = None,
 ) -> StepPlan:
     """Compile the step of `config` for a batch of this bucket with so many classes, and objects an image at most.
 
-    over: the axis of the mesh over which the state is split, see `sharding.layout`.
+    over: the axis of the mesh over which the state is split, see `sharding.layout`; hosts: what the mesh is of, if of
+    GPUs.
 
     Raises `DoesNotFitError` where the compiler says so, `UserError` for a config that cannot be run on these devices.
     """
@@ -135,15 +145,21 @@ def plan_step(
     compiled = _compile(step.lower(state, batch))
     program = Program(compiled.as_text())
     parts, not_estimated = cycles_by_part(list(program.runs()))
+    bounds = bounds_by_part(program, hosts.gpu, part_of) if hosts else {}
+    memory = _memory(compiled.memory_analysis())
+    if hosts and memory["total"] > hosts.memory:  # this compiler does not refuse
+        raise DoesNotFitError(memory["total"], hosts.memory)
+    flops = sum(bound.flops for bound in bounds.values()) or (compiled.cost_analysis() or {}).get("flops", 0.0)
     return StepPlan(
         devices=mesh.size,
         images=config.batch_size,
         bucket=bucket,
-        memory=_memory(compiled.memory_analysis()),
-        flops_per_image=(compiled.cost_analysis() or {}).get("flops", 0.0) * mesh.size / config.batch_size,
+        memory=memory,
+        flops_per_image=flops * mesh.size / config.batch_size,
         messages=program.messages(),
         parts=parts,
         not_estimated=not_estimated,
+        bounds=bounds,
         assumed_loops=program.assumed_loops(),
         seconds_to_compile=time.perf_counter() - start,
     )

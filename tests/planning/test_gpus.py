@@ -1,0 +1,142 @@
+"""Plans for GPUs that are not there: what XLA made of a step, and the command where its GPU compiler is installed."""
+
+import gzip
+import json
+
+import pytest
+
+from fpn_jax.errors import UserError
+from fpn_jax.plan import devices_of
+from fpn_jax.planning import gpus, page, step
+from fpn_jax.planning.gpus import GPUS, compiler_is_there, parse_hosts
+from fpn_jax.planning.hlo import ROUNDS, Program
+from fpn_jax.planning.roofline import Bound, Kernel, bounds_by_part, kernels
+from fpn_jax.planning.step import StepPlan, part_of
+from tests.planning.test_plan import run_plan
+
+
+@pytest.fixture(scope="module")
+def program(request):
+    path = request.path.parent.parent / "data" / "gpu_step.hlo.gz"
+    return Program(gzip.decompress(path.read_bytes()).decode())
+
+
+@pytest.fixture(scope="module")
+def by_name(program):
+    return {kernel.name: kernel for kernel in kernels(program)}
+
+
+def test_convolutions_cost_what_they_compute_and_touch(by_name):
+    image, kernel, output = 2 * 20 * 24 * 32, 3 * 3 * 32 * 64, 2 * 20 * 24 * 64
+    for name in ("cudnn-conv.1", "cudnn-conv-bw-filter.1"):
+        assert by_name[name].flops == 2 * output * 3 * 3 * 32
+        assert by_name[name].bytes == 2 * (image + kernel + output)  # bfloat16
+        assert (by_name[name].dtype, by_name[name].times, by_name[name].exact) == ("bf16", 1, False)
+
+
+def test_a_product_in_pieces_is_one_product(by_name):
+    """The compiler cut the sum of 256 into four, which are added by the next kernel."""
+    product, total = by_name["gemm_fusion_dot.1"], by_name["loop_reduce_fusion"]
+    assert (product.flops, product.dtype) == (2 * 512 * 128 * 256, "f32")
+    assert product.bytes == 4 * (512 * 256 + 256 * 128 + 4 * 512 * 128)
+    assert (total.flops, total.bytes) == (0, 4 * (4 + 1) * 512 * 128)
+
+
+def test_what_is_added_in_place_costs_its_rows(by_name):
+    (scatter,) = [kernel for kernel in by_name.values() if "scatter-add" in kernel.scope and kernel.times == 5]
+    rows, values = 48, 48 * 128
+    # Reading rows and values of this round, reading and writing their rows of the table; of 5 MB of it nothing else.
+    assert scatter.bytes == pytest.approx(4 * (rows + values + 2 * values), rel=0.02)
+
+
+def test_loops_and_messages(program, by_name):
+    assert program.assumed_loops() == 1
+    assert {k.times for k in by_name.values() if "proposals/while/body" in k.scope} == {ROUNDS}
+    (message,) = program.messages()
+    assert (message.kind, message.bytes) == ("all-reduce", 2 * 3 * 3 * 32 * 64)
+    assert not any("all-reduce" in name for name in by_name)
+
+
+def test_parts_add_up(program, by_name):
+    gpu = GPUS["h100"]
+    bounds = bounds_by_part(program, gpu, part_of)
+    assert bounds.keys() >= {"backbone", "RoIAlign", "box head", "proposals, NMS", "the rest"}
+    assert sum(b.seconds for b in bounds.values()) == pytest.approx(sum(max(k.seconds(gpu)) for k in by_name.values()))
+    assert sum(b.kernels for b in bounds.values()) == sum(k.times for k in by_name.values())
+    assert bounds["backbone"].flops == 2 * by_name["cudnn-conv.1"].flops
+    assert bounds["RoIAlign"].computing == 0 < bounds["RoIAlign"].moving
+
+
+def test_the_roofline():
+    gpu = GPUS["h100"]
+    near = Kernel("", "", 3, 989e9, 1000, "bf16", False)
+    assert near.seconds(gpu) == pytest.approx((3e-3, 3000 / 3.35e12))
+    assert near._replace(dtype="f32").seconds(gpu)[0] == pytest.approx(6e-3)  # TF32
+    exact = near._replace(dtype="f32", exact=True).seconds(gpu)[0]
+    assert exact == pytest.approx(3 * 989e9 / 66.9e12, rel=0.01)  # the data sheet says 67 TFLOP/s
+
+
+@pytest.mark.parametrize(
+    ("topology", "shape", "text"),
+    [("h100", (1, 1), "h100:1"), ("a100:8", (1, 8), "a100:8"), ("b200:4x8", (4, 8), "b200:4x8")],
+)
+def test_hosts(topology, shape, text):
+    hosts = parse_hosts(topology)
+    assert (hosts.shape, hosts.size, str(hosts)) == (shape, shape[0] * shape[1], text)
+    assert hosts.memory == 0.75 * hosts.gpu.memory_size
+    assert f"{shape[1]} on" in hosts.description
+
+
+@pytest.mark.parametrize("topology", ["h100:", "h100:0", "h100:x8", "h100:1x2x3", "a100:-1"])
+def test_what_is_no_host_is_told(topology):
+    with pytest.raises(UserError, match=f"--topology={topology}: give a100 or h100"):
+        devices_of(topology)
+
+
+def test_an_unknown_machine_is_told_all_there_are():
+    with pytest.raises(UserError, match="'v100' is not one of v5e, v5p, v6e, a100, h100, h200, b200"):
+        devices_of("v100:8")
+
+
+def test_without_the_compiler_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(gpus, "compiler_is_there", lambda: False)
+    with pytest.raises(UserError, match=r'--topology=h100:8 needs the GPU compiler; pip install -e "\.\[cuda\]"'):
+        devices_of("h100:8")
+
+
+def test_the_page_of_a_plan():
+    bounds = {"neck": Bound(6e12, 0.008, 0.001, 12), "backbone": Bound(1.9e12, 0.002, 0.009, 345)}
+    memory = {"arguments": 2**30, "temporary": 2**31, "program": 0, "total": 3 * 2**30}
+    plan = StepPlan(2, 16, (64, 64), memory, 9.89e11, [], {}, {}, bounds, 3, 1.0)
+    text = page.describe(plan, parse_hosts("h100:2"), 0.02)
+    assert "h100:2 (NVIDIA H100 80GB HBM3, 2 on one host): 16 images of 64x64 a step, 8 a device" in text
+    assert "3.00 of 59.33 GiB a device (5%)" in text
+    assert "20.0 ms at least, 800 images/s at most, 40% of the peak in bfloat16" in text
+    assert text.index("| backbone | 11.00 | 2.00 | 9.00 | 1900 | 345 |") < text.index("| neck | 9.00 |")
+
+
+def test_a_step_that_needs_more_than_jax_takes_is_refused(monkeypatch, tiny_config):
+    """XLA's GPU compiler does not say so itself."""
+    from fpn_jax.training import sharding
+
+    hosts = parse_hosts("h100:8")
+    monkeypatch.setattr(step, "_memory", lambda stats: {"total": int(hosts.memory) + 1})
+    monkeypatch.setattr(step, "bounds_by_part", lambda *args: {})
+    tiny_config.model.detector = "rpn"
+    with pytest.raises(step.DoesNotFitError, match=r"needs 59\.33 GiB of the device"):
+        step.plan_step(tiny_config, 3, 4, (64, 64), sharding.make_mesh(), hosts=hosts)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not compiler_is_there(), reason="needs XLA's compiler for GPUs: pip install -e .[cuda]")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_training_step_compiles_for_gpus(tmp_path, dtype):
+    """Products of strided slices once aborted the process there."""
+    output = tmp_path / "plan.json"
+    flags = f"--config.model.dtype={dtype}", "--topology=h100:2", "--batch_size=4", "--bucket=256x256"
+    done = run_plan("experiments/faster_rcnn_r50_fpn.py", *flags, f"--output={output}")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(output.read_text())["step"]
+    assert set(found["bounds"]) >= set(step.PARTS)
+    assert found["messages"]
+    assert "images/s at most" in done.stdout
