@@ -32,7 +32,7 @@ BOX_HEADS = {"fc": BoxHead, "conv5": Conv5Head}
 PARTS = ("backbone", "neck", "rpn_head", "box_head")
 # Values that are names, of whatever part they belong to.
 CHOICES = {
-    "norm": ("none", *NORMS),
+    "norm": ("none", "frozen_bn", *NORMS),
     "order": tuple(ORDERS),
     "anchor_order": ("ratio_major", "size_major"),
     "anchor_stride": ("image", "level"),

@@ -2,7 +2,6 @@
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -64,10 +63,13 @@ class Conv(nn.Module):
     """Convolution [b h w c] -> [b h' w' features] with kernel // 2 zeros on every side, as torch pads.
 
     "SAME" would put the odd zero of a strided convolution at the bottom right only, and other frameworks' weights
-    would see shifted pictures. A 1x1 convolution is written as a matrix product: XLA's CPU backend computes the
-    weight gradient of that several times faster, and elsewhere it is the same operation. Large 3x3 ones are written
-    by Winograd's rule there, for the same reason.
+    would see shifted pictures. A 1x1 convolution is written as a matrix product, whose weight gradient XLA's CPU
+    backend computes several times faster, but for GPUs: there cuDNN adds bias, shortcut and ReLU to a convolution at
+    once, and XLA aborts at a product of a strided slice (benchmarks/LOG.md). Large 3x3 ones are written by Winograd's
+    rule on CPUs.
 
+    affine: (gain, shift), both [features], makes y * gain + shift of the result y. The gain becomes part of the kernel:
+    no map is multiplied by it, neither forward nor backward.
     With pad=False, for stride 1 and one group, nothing is put around x, and [b h-kernel+1 w-kernel+1 features] comes
     out: one product, right for many small x.
     """
@@ -81,47 +83,36 @@ class Conv(nn.Module):
     groups: int = 1  # each reads its own part of the channels; as many as channels make it depthwise
 
     @nn.compact
-    def __call__(self, x: jax.Array, pad: bool = True) -> jax.Array:
+    def __call__(self, x: jax.Array, pad: bool = True, affine: tuple[jax.Array, jax.Array] | None = None) -> jax.Array:
         shape = (self.kernel, self.kernel, x.shape[-1] // self.groups, self.features)
-        kernel = self.param("kernel", self.kernel_init, shape).astype(self.dtype)
+        kernel = self.param("kernel", self.kernel_init, shape)
+        kernel = (kernel if affine is None else kernel * affine[0]).astype(self.dtype)
         x = x.astype(self.dtype)
-        if not pad:
-            y = windows(x, self.kernel) @ kernel.reshape(-1, self.features)
-        elif self.kernel == 1 and self.groups == 1:
-            y = self._multiply(x, kernel)
-        else:
-            y = self._convolve(x, kernel)
+        y = self._convolve(x, kernel) if pad else windows(x, self.kernel) @ kernel.reshape(-1, self.features)
         if self.use_bias:
             y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
-        return y
+        return y if affine is None else y + affine[1].astype(self.dtype)
 
-    def _multiply(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
-        def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-            return x[:, :: self.stride, :: self.stride] @ kernel[0, 0]
-
-        if self.stride == 1:
-            return product(x, kernel)
-        # XLA's GPU compiler would fuse the strided slice into the product, and cannot: it aborts (benchmarks/LOG.md).
-        return by_platform(x, kernel, cpu=product, tpu=product, default=self._direct())
-
-    def _direct(self) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    def _convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         pad = self.kernel // 2
-        return functools.partial(
+        direct = functools.partial(
             jax.lax.conv_general_dilated,
             window_strides=(self.stride, self.stride),
             padding=((pad, pad), (pad, pad)),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
             feature_group_count=self.groups,
         )
-
-    def _convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
-        direct = self._direct()
+        if self.kernel == 1 and self.groups == 1:
+            return by_platform(x, kernel, cpu=self._multiply, tpu=self._multiply, default=direct)
         if self.stride == 2 and self.kernel % 2 and x.shape[3] <= 4 and self.groups == 1:
             return by_platform(x, kernel, tpu=space_to_depth_conv, default=direct)
         products = x.shape[1] * x.shape[2] * x.shape[3] * self.features
         if products < _WINOGRAD_FROM or (self.kernel, self.stride, self.groups) != (3, 1, 1) or x.dtype != jnp.float32:
             return direct(x, kernel)
         return by_platform(x, kernel, cpu=conv3x3, default=direct)
+
+    def _multiply(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return x[:, :: self.stride, :: self.stride] @ kernel[0, 0]
 
 
 def windows(x: jax.Array, size: int) -> jax.Array:
@@ -175,20 +166,19 @@ def affine_maps(x: jax.Array, *maps: Affine) -> tuple[jax.Array, ...]:
 class FrozenBatchNorm(nn.Module):
     """Batch norm as a constant affine map, for weights that were trained with larger batches than a detector's.
 
-    Nothing here is trained: scale, bias, mean and var all live in the collection `batch_stats`.
+    Nothing here is trained: scale, bias, mean and var all live in the collection `batch_stats`. There is no map to
+    compute: (gain [features], shift [features]) become part of the convolution before it.
     """
 
     eps: float = 1e-5
-    dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, features: int) -> tuple[jax.Array, jax.Array]:
         def constant(name: str, value: float) -> jax.Array:
-            return self.variable("batch_stats", name, jnp.full, (x.shape[-1],), value, jnp.float32).value
+            return self.variable("batch_stats", name, jnp.full, (features,), value, jnp.float32).value
 
         gain = constant("scale", 1.0) * jax.lax.rsqrt(constant("var", 1.0) + self.eps)
-        shift = constant("bias", 0.0) - constant("mean", 0.0) * gain
-        return x * gain.astype(self.dtype) + shift.astype(self.dtype)
+        return gain, constant("bias", 0.0) - constant("mean", 0.0) * gain
 
 
 class BatchNorm(nn.Module):
@@ -223,7 +213,7 @@ class GroupNorm(nn.Module):
         return nn.GroupNorm(num_groups=groups, epsilon=self.eps, dtype=self.dtype, name="norm")(x)
 
 
-NORMS = {"frozen_bn": FrozenBatchNorm, "bn": BatchNorm, "gn": GroupNorm}
+NORMS = {"bn": BatchNorm, "gn": GroupNorm}
 
 
 def conv_norm(
@@ -244,8 +234,10 @@ def conv_norm(
 
     x [b h w c] -> [b h' w' features]. With norm "none" the convolution keeps its bias and the second name is unused.
     """
-    x = Conv(features, kernel, stride, norm == "none", init, dtype, groups, name=names[0])(x)
-    return x if norm == "none" else NORMS[norm](eps=eps, dtype=dtype, name=names[1])(x, train)
+    conv = Conv(features, kernel, stride, norm == "none", init, dtype, groups, name=names[0])
+    if norm == "frozen_bn":
+        return conv(x, affine=FrozenBatchNorm(eps, name=names[1])(features))
+    return conv(x) if norm == "none" else NORMS[norm](eps=eps, dtype=dtype, name=names[1])(conv(x), train)
 
 
 def upsample_nearest(x: jax.Array, size: tuple[int, int]) -> jax.Array:

@@ -23,7 +23,7 @@ def match(iou: jax.Array, valid: jax.Array, high: float, low: float, low_quality
     """
     if iou.size == 0:
         return jnp.full(iou.shape[1:], BELOW, jnp.int32)
-    return _decide(*_best(iou, valid, 0, low_quality), valid, high, low)
+    return _decide(*_best(iou, iou.max(axis=1), valid, 0, low_quality), valid, high, low)
 
 
 def match_boxes(
@@ -36,8 +36,20 @@ def match_boxes(
         boxes,
         valid,
         cpu=lambda *x: match_in_groups(*x, *rules),
-        default=lambda objects, boxes, valid: match(iou_of(objects, boxes), valid, *rules),
+        default=lambda *x: match_at_once(*x, *rules),
     )
+
+
+def match_at_once(
+    objects: jax.Array, boxes: jax.Array, valid: jax.Array, high: float, low: float, low_quality: bool
+) -> jax.Array:
+    """`match_boxes` by two reductions, each of which computes the IoU itself: a barrier keeps XLA's GPU compiler from
+    making the second's matrix out of the first's, which it would write to memory (a TPU's does not)."""
+    if not len(objects) or not len(boxes):
+        return jnp.full(len(boxes), BELOW, jnp.int32)
+    # The test for ties needs the very same bits from both, see `boxes.iou`.
+    highest = iou_of(jax.lax.optimization_barrier(objects), boxes).max(axis=1)
+    return _decide(*_best(iou_of(objects, boxes), highest, valid, 0, low_quality), valid, high, low)
 
 
 def match_in_groups(
@@ -53,7 +65,8 @@ def match_in_groups(
 
     def add(found, group):
         first, objects, valid = group
-        return _better(found, _best(iou_of(objects, boxes), valid, first, low_quality)), None
+        iou = iou_of(objects, boxes)
+        return _better(found, _best(iou, iou.max(axis=1), valid, first, low_quality)), None
 
     in_groups = (
         jnp.arange(groups, dtype=jnp.int32) * GROUP,
@@ -65,13 +78,16 @@ def match_in_groups(
     return _decide(*found, valid, high, low)
 
 
-def _best(iou: jax.Array, valid: jax.Array, first: int | jax.Array, low_quality: bool) -> tuple[jax.Array, ...]:
-    """(IoU, object, whether it is some object's best) of each box, all [r]: iou [m r], objects counted from `first`."""
-    # Where the IoU is computed here, compilers compute it for each of the two reductions, and never write the matrix.
-    # The test for ties needs the very same bits from both, see `boxes.iou`.
+def _best(
+    iou: jax.Array, highest: jax.Array, valid: jax.Array, first: int | jax.Array, low_quality: bool
+) -> tuple[jax.Array, ...]:
+    """(IoU, object, whether it is some object's best) of each box, all [r].
+
+    iou [m r], of which each object's highest is [m]; objects are counted from `first`.
+    """
+    ties = valid[:, None] & (iou == highest[:, None]) if low_quality else jnp.zeros(iou.shape, bool)
     iou = jnp.where(valid[:, None], iou, -1)
     index = first + jax.lax.broadcasted_iota(jnp.int32, iou.shape, 0)
-    ties = valid[:, None] & (iou == iou.max(axis=1, keepdims=True)) if low_quality else jnp.zeros(iou.shape, bool)
     start = jnp.array(-jnp.inf, iou.dtype), jnp.int32(0), jnp.array(False)
     return jax.lax.reduce((iou, index, ties), start, _better, (0,))
 

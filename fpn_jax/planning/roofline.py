@@ -14,7 +14,7 @@ from typing import NamedTuple
 from fpn_jax.planning.gpus import Gpu
 from fpn_jax.planning.hlo import COLLECTIVES, FREE, Operation, Program, called, shape_bytes
 
-_PASSED_ON = ("bitcast", "get-tuple-element")
+_PASSED_ON = ("bitcast", "get-tuple-element", "convert")
 _READ_IN_PART = ("dynamic-slice", "gather", "slice")
 _CONTAINERS = {"while", "call", "conditional"}  # what is in them is counted itself
 _BESIDE = re.compile(rf"({COLLECTIVES})(-start)?|.*-(done|update)")  # other kernels run beside them
@@ -138,13 +138,14 @@ def _updates(o: Operation) -> list[str]:
 
 
 def _origin(o: Operation, inside: dict[str, Operation]) -> Operation:
-    while o.opcode in _PASSED_ON and o.operands and o.operands[0] in inside:
+    while o.opcode in _PASSED_ON[:2] and o.operands and o.operands[0] in inside:
         o = inside[o.operands[0]]
     return o
 
 
 def _read(parameter: Operation, inside: list[Operation]) -> int:
     """Bytes of a fusion's operand that it reads."""
+    whole = sum(shape_bytes(parameter.shape))
     total = 0
     names = [parameter.name]
     for o in inside:  # operations come after what they read
@@ -153,10 +154,10 @@ def _read(parameter: Operation, inside: list[Operation]) -> int:
         if o.opcode in _PASSED_ON:
             names.append(o.name)
         elif o.opcode in _READ_IN_PART and o.operands[0] in names:
-            total += sum(shape_bytes(o.shape))
+            total += whole * _size(o.shape) // max(_size(parameter.shape), 1)
         elif not (_updates(o) and o.operands[0] in names):
-            return sum(shape_bytes(parameter.shape))
-    return min(total, sum(shape_bytes(parameter.shape)))
+            return whole
+    return min(total, whole)
 
 
 def _sides(shape: str) -> list[int]:

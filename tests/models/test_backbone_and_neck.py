@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,7 @@ from fpn_jax.models.backbones.resnet import ResNet
 from fpn_jax.models.layers import (
     Conv,
     Pixels,
+    conv_norm,
     max_of_windows,
     max_pool,
     normalize_pixels,
@@ -120,6 +122,37 @@ def test_conv_pads_symmetrically(kernel, stride, platform):
     expected = slow_conv(x, np.asarray(variables["params"]["kernel"]), stride)
     with compiling_for(platform):
         np.testing.assert_allclose(layer.apply(variables, x), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.02)])
+@pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (3, 2)])
+def test_a_frozen_norm_in_its_convolution_is_the_map_behind_it(kernel, stride, dtype, tolerance):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 9, 12, 3)), jnp.float32)
+    norm = {name: rng.uniform(0.2, 3, 5).astype(np.float32) for name in ("scale", "bias", "mean", "var")}
+
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            how = {"stride": stride, "norm": "frozen_bn", "eps": 1e-3, "dtype": jnp.dtype(dtype)}
+            return conv_norm(x, ("conv", "norm"), 5, kernel, True, **how)
+
+    variables = Layer().init(jax.random.key(0), x)
+    assert jax.tree.map(jnp.shape, variables["batch_stats"]["norm"]) == dict.fromkeys(norm, (5,))
+
+    def folded(params, x):
+        return Layer().apply({"params": params, "batch_stats": {"norm": norm}}, x).astype(jnp.float32)
+
+    def behind(params, x):
+        y = Conv(5, kernel, stride, use_bias=False).apply({"params": params["conv"]}, x)
+        return (y - norm["mean"]) * jax.lax.rsqrt(norm["var"] + 1e-3) * norm["scale"] + norm["bias"]
+
+    (y, pull), (expected, expected_pull) = (jax.vjp(f, variables["params"], x) for f in (folded, behind))
+    gradient = jnp.asarray(rng.normal(size=y.shape), jnp.float32)
+    for found, right in zip(
+        jax.tree.leaves((y, pull(gradient))), jax.tree.leaves((expected, expected_pull(gradient))), strict=True
+    ):
+        np.testing.assert_allclose(found, right, atol=tolerance * float(abs(right).max()))
 
 
 @pytest.mark.parametrize(("platform", "product"), [("cpu", True), ("tpu", True), ("cuda", False)])
