@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,6 +13,7 @@ from fpn_jax.planning.gpus import GPUS, compiler_is_there, parse_hosts
 from fpn_jax.planning.hlo import ROUNDS, Program
 from fpn_jax.planning.roofline import Bound, Kernel, bounds_by_part, kernels
 from fpn_jax.planning.step import StepPlan, part_of
+from fpn_jax.training import sharding
 from tests.planning.test_plan import run_plan
 
 
@@ -115,13 +117,12 @@ def test_the_page_of_a_plan():
     assert text.index("| backbone | 11.00 | 2.00 | 9.00 | 1900 | 345 |") < text.index("| neck | 9.00 |")
 
 
-def test_a_step_that_needs_more_than_jax_takes_is_refused(monkeypatch, tiny_config):
+def test_a_step_that_needs_more_than_jax_takes_is_refused(monkeypatch, tiny_config, program):
     """XLA's GPU compiler does not say so itself."""
-    from fpn_jax.training import sharding
-
     hosts = parse_hosts("h100:8")
+    compiled = SimpleNamespace(as_text=lambda: program.text, memory_analysis=lambda: None)
+    monkeypatch.setattr(step, "_compile", lambda lowered: compiled)
     monkeypatch.setattr(step, "_memory", lambda stats: {"total": int(hosts.memory) + 1})
-    monkeypatch.setattr(step, "bounds_by_part", lambda *args: {})
     tiny_config.model.detector = "rpn"
     with pytest.raises(step.DoesNotFitError, match=r"needs 59\.33 GiB of the device"):
         step.plan_step(tiny_config, 3, 4, (64, 64), sharding.make_mesh(), hosts=hosts)
