@@ -113,8 +113,8 @@ def _moved(operation: Operation, inside: list[Operation], program: Program) -> i
     for result in [by_name[n] for n in root.operands if n in by_name] if root.opcode == "tuple" else [root]:
         moved += _written(_origin(result, by_name), by_name, program)
     if operation.opcode != "fusion":
-        read = () if _updates(operation) else enumerate(operation.operands)
-        whole = sum(sum(shape_bytes(program.shapes.get(name, ""))) for _, name in read)
+        read = () if _updates(operation) else operation.operands
+        whole = sum(sum(shape_bytes(program.shapes.get(name, ""))) for name in read)
         return moved + (moved if operation.opcode in _READ_IN_PART else whole)
     for parameter in (o for o in inside if o.opcode == "parameter"):
         moved += _read(parameter, inside)
