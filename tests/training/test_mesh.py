@@ -88,7 +88,6 @@ def operations(compiled, kind):
     return [tuple(map(int, x.split(","))) for line in lines for x in re.findall(r"\w\d+\[([\d,]+)\]", line)]
 
 
-@pytest.mark.slow  # a minute
 def test_a_split_state_and_split_rows_change_nothing_but_the_memory(train):
     """One device, against parameters split over the axis of the batch, and each image's rows over two of four."""
     one = train(1, MeshOptions())
