@@ -101,6 +101,18 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(config, make_batch):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+def test_accumulated_gradients_take_the_memory_of_one_piece(config, make_batch):
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    _, state, step = set_up(config, mesh, accumulate=4)
+    (loop,) = (
+        eqn
+        for eqn in step.trace(state, sharding.put_batch(mesh, vars(make_batch(8)))).jaxpr.eqns
+        if eqn.primitive.name == "scan" and eqn.params["length"] == 4
+    )
+    kept_of_each_piece = loop.outvars[loop.params["num_carry"] :]
+    assert {x.aval.shape for x in kept_of_each_piece} == {(4,)}  # metrics
+
+
 def test_average_of_the_weights_follows_its_formula(config, make_batch):
     mesh = sharding.make_mesh(jax.devices()[:1])
     _, state, step = set_up(config, mesh, ema_decay=0.5)
