@@ -89,9 +89,10 @@ class Conv(nn.Module):
         kernel = (kernel if affine is None else kernel * affine[0]).astype(self.dtype)
         x = x.astype(self.dtype)
         y = self._convolve(x, kernel) if pad else windows(x, self.kernel) @ kernel.reshape(-1, self.features)
-        if self.use_bias:
-            y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
-        return y if affine is None else y + affine[1].astype(self.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
+        if affine is not None:
+            bias = affine[1] if bias is None else bias * affine[0] + affine[1]
+        return y if bias is None else y + bias.astype(self.dtype)
 
     def _convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         pad = self.kernel // 2

@@ -155,6 +155,17 @@ def test_a_frozen_norm_in_its_convolution_is_the_map_behind_it(kernel, stride, d
         np.testing.assert_allclose(found, right, atol=tolerance * float(abs(right).max()))
 
 
+@pytest.mark.parametrize(("groups", "pad"), [(1, True), (2, True), (1, False)])
+def test_an_affine_map_takes_the_bias_along(groups, pad):
+    rng = np.random.default_rng(0)
+    x, bias, gain, shift = (rng.normal(size=size).astype(np.float32) for size in ((2, 9, 12, 4), 6, 6, 6))
+    layer = Conv(6, groups=groups)
+    variables = layer.init(jax.random.key(0), x)
+    variables = {"params": variables["params"] | {"bias": bias}}
+    expected = layer.apply(variables, x, pad) * gain + shift
+    np.testing.assert_allclose(layer.apply(variables, x, pad, (gain, shift)), expected, atol=1e-5)
+
+
 @pytest.mark.parametrize(("platform", "product"), [("cpu", True), ("tpu", True), ("cuda", False)])
 def test_gpus_get_no_product_with_a_strided_slice(platform, product):
     """XLA aborts the process when it fuses them: `benchmarks/LOG.md`, "Compiled for an H100"."""
