@@ -6,6 +6,7 @@ To add a neck: write a module {l: C_l} -> {l: P_l} in `fpn_jax/models/necks/`, p
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -43,6 +44,23 @@ CHOICES = {
     "upsampling": UPSAMPLINGS,
     "merge": MERGES,
     "activation": tuple(ACTIVATIONS),
+}
+# Numbers by their keys: the least and the most of each.
+NUMBERS = {
+    "model.neck.channels": (1, math.inf),
+    "model.rpn_head.convs": (1, math.inf),
+    "model.box_head.channels": (1, math.inf),
+    "model.box.pooled_size": (1, math.inf),
+    "model.box.detections": (1, math.inf),
+    "model.rpn.pre_nms_train": (0, math.inf),
+    "model.rpn.pre_nms_test": (0, math.inf),
+    "model.rpn.post_nms_train": (1, math.inf),
+    "model.rpn.post_nms_test": (1, math.inf),
+    **{
+        f"model.{part}.{name}": bounds
+        for part in ("rpn", "box")
+        for name, bounds in {"samples": (1, math.inf), "positive_fraction": (0, 1), "beta": (0, math.inf)}.items()
+    },
 }
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _OF_BACKBONE = (
@@ -109,8 +127,6 @@ def _rpn(model: Mapping[str, Any], levels: Sequence[int], dtype: Any) -> dict[st
         raise UserError("model.rpn.ratios is empty; give at least one, such as (1.0,)")
     given = {"anchors": counts.pop() * len(settings.ratios), "dtype": dtype}
     values = _fields("model.rpn_head", RPNHead, model.get("rpn_head", {}), given)
-    if values.get("convs", 1) < 1:
-        raise UserError(f"model.rpn_head.convs is {values['convs']}; at least one")
     return {"rpn_head": RPNHead(**given, **values), "rpn_settings": settings}
 
 
@@ -219,6 +235,10 @@ def _fields(key: str, cls: type, values: Mapping[str, Any], given: Collection[st
             raise UserError(f"{key}.{name}: {cls.__name__} has no such attribute")
         if name in CHOICES:
             _choose(f"{key}.{name}", dict.fromkeys(CHOICES[name]), values[name])
+        least, most = NUMBERS.get(f"{key}.{name}", (None, None))
+        if least is not None and not least <= values[name] <= most:
+            bounds = f"at least {least}" + (f" and at most {most}" if most < math.inf else "")
+            raise UserError(f"{key}.{name} is {values[name]}; it must be {bounds}")
     return {name: _frozen(value) for name, value in values.items()}
 
 

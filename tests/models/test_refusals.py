@@ -161,7 +161,19 @@ REFUSED = [  # beginning of the message, changes
     ("model.dtype is 'float64'; choose one of float32, bfloat16", {"dtype": "float64"}),
     # Keys that are none, or that say again what another has said.
     ("model.neck.chanels: Bare has no such attribute", {"neck": NONE | {"chanels": 8}}),
+    # Numbers that would end as a traceback from within a layer.
     ("model.rpn_head.convs is 0", {"rpn_head.convs": 0}),
+    ("model.rpn.samples is 0; it must be at least 1", {"rpn.samples": 0}),
+    ("model.box.samples is -1; it must be at least 1", {"box.samples": -1}),
+    ("model.rpn.positive_fraction is 2.0; it must be at least 0 and at most 1", {"rpn.positive_fraction": 2.0}),
+    ("model.box.positive_fraction is -1.0; it must be at least 0", {"box.positive_fraction": -1.0}),
+    ("model.rpn.pre_nms_train is -1; it must be at least 0", {"rpn.pre_nms_train": -1}),
+    ("model.rpn.post_nms_test is 0; it must be at least 1", {"rpn.post_nms_test": 0}),
+    ("model.rpn.beta is -1.0; it must be at least 0", {"rpn.beta": -1.0}),
+    ("model.box.detections is -3; it must be at least 1", {"box.detections": -3}),
+    ("model.box.pooled_size is 0; it must be at least 1", {"box.pooled_size": 0}),
+    ("model.neck.channels is 0; it must be at least 1", {"neck.channels": 0}),
+    ("model.box_head.channels is 0; it must be at least 1", {"box_head.channels": 0}),
     ("model.backbone.frozen_stages is -1; choose 0 to 5", {"backbone.frozen_stages": -1}),
     ("model.rpn_head.conv: RPNHead has no such attribute", {"rpn_head.conv": 2}),
     (
