@@ -139,7 +139,7 @@ def bucket_of(config: ml_collections.ConfigDict, given: str) -> tuple[int, int]:
     if not given:
         return max(common.pipeline_options(config).buckets, key=lambda b: (b[0] * b[1], b[1]))
     sides = given.split("x")
-    if len(sides) != 2 or not all(side.isdecimal() and int(side) % common.STRIDE == 0 for side in sides):
+    if len(sides) != 2 or not all(side.isdecimal() and int(side) and int(side) % common.STRIDE == 0 for side in sides):
         raise UserError(f"--bucket={given}: give height x width in multiples of {common.STRIDE}, such as 832x1344")
     return int(sides[0]), int(sides[1])
 
@@ -151,6 +151,11 @@ def main(argv: Sequence[str]) -> None:
     config = ml_collections.ConfigDict(_CONFIG.value)
     if "rows" in config:
         raise UserError("--config is an ablation of several rows; give the file of one experiment")
+    for name, value, least in (("classes", _CLASSES.value, 1), ("objects", _OBJECTS.value, 0)):
+        if value < least:
+            raise UserError(f"--{name}={value}: give at least {least}")
+    if _OUTPUT.value and not Path(_OUTPUT.value).parent.is_dir():  # told before minutes of compiling, not after
+        raise UserError(f"--output={_OUTPUT.value}: there is no folder {Path(_OUTPUT.value).parent}; make it first")
     config.batch_size = _BATCH_SIZE.value or config.batch_size
     found = plan(config, _TOPOLOGY.value, bucket_of(config, _BUCKET.value), _LARGEST.value)
     if _OUTPUT.value:

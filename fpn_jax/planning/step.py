@@ -46,7 +46,7 @@ class StepPlan:
     images: int  # of a step, on all devices
     bucket: tuple[int, int]  # height, width
     memory: dict[str, int]  # bytes: "arguments" (the state and the batch), "temporary", "program", "total"
-    flops_per_image: float  # loops count once
+    flops_per_image: float  # but for GPUs, loops inside of a piece of `accumulate` count once
     messages: list[Message]
     parts: dict[str, tuple[int, int]]  # estimated cycles: in convolutions and matrix products, in all else; {}: unknown
     not_estimated: dict[str, int]  # by part, operations that the compiler gives no cycles for
@@ -149,7 +149,9 @@ def plan_step(
     memory = _memory(compiled.memory_analysis())
     if hosts and memory["total"] > hosts.memory:  # this compiler does not refuse
         raise DoesNotFitError(memory["total"], hosts.memory)
-    flops = sum(bound.flops for bound in bounds.values()) or (compiled.cost_analysis() or {}).get("flops", 0.0)
+    flops = sum(bound.flops for bound in bounds.values())
+    if not flops:  # the compiler's own count takes loops once; the pieces of a batch are such a loop
+        flops = (compiled.cost_analysis() or {}).get("flops", 0.0) * config.accumulate
     return StepPlan(
         devices=mesh.size,
         images=config.batch_size,

@@ -45,6 +45,15 @@ def test_the_step_of_eight_devices(tiny_config):
     assert plan.flops_per_image > 2 * 3 * weights  # each weight is used more than once, forward and twice backward
 
 
+def test_pieces_of_a_batch_are_all_counted(tiny_config):
+    tiny_config.model.detector, tiny_config.model.neck.channels = "rpn", 32
+    tiny_config.batch_size = 4
+    mesh, flops = sharding.make_mesh(jax.devices()[:1]), []
+    for tiny_config.accumulate in (1, 4):
+        flops.append(plan_step(tiny_config, classes=3, objects=4, bucket=(64, 64), mesh=mesh).flops_per_image)
+    assert flops[1] == pytest.approx(flops[0], rel=0.1)
+
+
 def test_a_batch_that_does_not_divide_is_told(tiny_config):
     tiny_config.batch_size = 12
     with pytest.raises(UserError, match=r"batch_size / accumulate is 12, .* 8 devices; try 16"):
@@ -142,6 +151,21 @@ def test_mistakes_are_told():
         devices_of("v5e:3")
     with pytest.raises(UserError, match="--bucket=100x100: give height x width in multiples of 32"):
         bucket_of(None, "100x100")
+    with pytest.raises(UserError, match="--bucket=0x32: give height x width in multiples of 32"):
+        bucket_of(None, "0x32")
+
+
+@pytest.mark.parametrize(
+    ("flag", "told"),
+    [
+        ("--classes=0", "--classes=0: give at least 1"),
+        ("--objects=-1", "--objects=-1: give at least 0"),
+        ("--output=no/such/plan.json", "--output=no/such/plan.json: there is no folder no/such; make it first"),
+    ],
+)
+def test_flags_that_cannot_be_are_told_before_anything_is_compiled(tiny_experiment, flag, told):
+    done = run_plan(tiny_experiment, "--topology=local:1", flag)
+    assert (done.returncode, done.stderr) == (2, f"error: {told}\n")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
