@@ -155,6 +155,14 @@ def test_a_frozen_norm_in_its_convolution_is_the_map_behind_it(kernel, stride, d
         np.testing.assert_allclose(found, right, atol=tolerance * float(abs(right).max()))
 
 
+def test_the_gain_is_folded_in_before_rounding():
+    rng = np.random.default_rng(0)
+    x, kernel, gain = (rng.normal(size=size).astype(np.float32) for size in ((2, 9, 12, 4), (3, 3, 4, 6), 6))
+    layer = Conv(6, use_bias=False, dtype=jnp.bfloat16)
+    folded = layer.apply({"params": {"kernel": kernel}}, x, affine=(gain, jnp.zeros(6)))
+    np.testing.assert_array_equal(folded, layer.apply({"params": {"kernel": kernel * gain}}, x))
+
+
 @pytest.mark.parametrize(("groups", "pad"), [(1, True), (2, True), (1, False)])
 def test_an_affine_map_takes_the_bias_along(groups, pad):
     rng = np.random.default_rng(0)

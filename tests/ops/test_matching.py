@@ -85,12 +85,14 @@ def test_all_forms_match_boxes_alike(rule, monkeypatch):
     rng = np.random.default_rng(2)
     corners = rng.integers(0, 6, (20, 46, 2))
     boxes = np.concatenate([corners, corners + rng.integers(0, 4, (20, 46, 2))], -1).astype(np.float32)
+    boxes[:10, :, 2:] += 1  # an empty object ties with every box: without any, it shows which do not
     objects, boxes = boxes[:, :6], boxes[:, 6:]
     objects[15:, 2] = np.nan
     valid = rng.uniform(size=(20, 6)) < 0.7
     valid[0] = False
     quality = np.asarray(jax.jit(jax.vmap(iou))(objects, boxes))
     expected = np.array([slow_match(q, v, *rule) for q, v in zip(quality[:15], valid[:15], strict=True)])
+    assert (expected[1:10] < 0).any()
     first, *others = (np.asarray(jax.jit(jax.vmap(lambda *x, f=f: f(*x, *rule)))(objects, boxes, valid)) for f in FORMS)
     np.testing.assert_array_equal(first[:15], expected)
     for other in others:
@@ -100,6 +102,14 @@ def test_all_forms_match_boxes_alike(rule, monkeypatch):
     tied = (quality == quality.max(2, keepdims=True)) & valid[..., None]
     assert poisoned.any()
     np.testing.assert_array_equal(first[15:][poisoned], np.where(rule[2] & tied.any(1)[15:][poisoned], 2, BETWEEN))
+
+
+@pytest.mark.parametrize(("platform", "barrier"), [("cpu", False), ("cuda", True), ("tpu", True)])
+def test_the_barrier_that_keeps_the_matrix_out_of_memory_is_there(platform, barrier):
+    """Without it the matches are the same, and a GPU writes all IoUs: `benchmarks/LOG.md`, "Compiled for an H100"."""
+    matched = jax.jit(lambda *x: matching.match_boxes(*x, 0.7, 0.3, True))
+    traced = matched.trace(jnp.zeros((3, 4)), jnp.zeros((5, 4)), jnp.ones(3, bool))
+    assert ("optimization_barrier" in traced.lower(lowering_platforms=(platform,)).as_text()) == barrier
 
 
 def test_goldens(data_dir):

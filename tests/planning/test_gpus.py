@@ -51,6 +51,38 @@ def test_what_is_added_in_place_costs_its_rows(by_name):
     assert scatter.bytes == pytest.approx(4 * (rows + values + 2 * values), rel=0.02)
 
 
+KERNELS = """
+%fused (p: bf16[100,128]) -> f32[1,128] {
+  %p = bf16[100,128]{1,0} parameter(0)
+  %wide = f32[100,128]{1,0} convert(%p)
+  ROOT %row = f32[1,128]{1,0} slice(%wide), slice={[0:1], [0:128]}
+}
+
+ENTRY %main (gradient: bf16[2,10,12,64], kernel: bf16[64,3,3,32], a: f32[8,32], b: f32[32,16], c: bf16[100,128]) -> () {
+  %gradient = bf16[2,10,12,64]{3,2,1,0} parameter(0)
+  %kernel = bf16[64,3,3,32]{3,2,1,0} parameter(1)
+  %a = f32[8,32]{1,0} parameter(2)
+  %b = f32[32,16]{1,0} parameter(3)
+  %c = bf16[100,128]{1,0} parameter(4)
+  %back = (bf16[2,20,24,32]{3,2,1,0}, u8[0]{0}) custom-call(%gradient, %kernel), window={size=3x3 pad=1_1x1_1 stride=2x2}, dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$convBackwardInput"
+  %product = (f32[8,16]{1,0}, s8[0]{0}) custom-call(%a, %b), custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}
+  %cut = f32[2,32]{1,0} slice(%a), slice={[0:2], [0:32]}
+  ROOT %fusion = f32[1,128]{1,0} fusion(%c), kind=kLoop, calls=%fused
+}
+"""  # noqa: E501
+
+
+def test_kernels_that_the_step_on_file_has_not():
+    found = {kernel.name: kernel for kernel in kernels(Program(KERNELS))}
+    gradient, kernel, image = 2 * 10 * 12 * 64, 64 * 3 * 3 * 32, 2 * 20 * 24 * 32
+    assert found["back"].flops == 2 * gradient * 3 * 3 * 32  # of the smaller map, also with stride 2
+    assert found["back"].bytes == 2 * (gradient + kernel + image)
+    assert (found["product"].flops, found["product"].dtype) == (2 * 8 * 16 * 32, "f32")
+    assert found["product"].bytes == 4 * (8 * 32 + 32 * 16 + 8 * 16)
+    assert found["cut"].bytes == 4 * (2 * 2 * 32)  # reads what it writes
+    assert found["fusion"].bytes == 2 * 128 + 4 * 128  # the row as it lies in memory, in bfloat16
+
+
 def test_loops_and_messages(program, by_name):
     assert program.assumed_loops() == 1
     assert {k.times for k in by_name.values() if "proposals/while/body" in k.scope} == {ROUNDS}

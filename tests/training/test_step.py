@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from fpn_jax.models import build_detector
@@ -99,6 +100,37 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(config, make_batch):
     assert pieces_metrics["rpn_objectness"] == pytest.approx(whole_metrics["rpn_objectness"], rel=1e-4)
     for a, b in zip(jax.tree.leaves(whole.params["rpn_head"]), jax.tree.leaves(pieces.params["rpn_head"]), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_accumulating_is_a_loop_over_the_pieces(config, make_batch):
+    """Each piece has every other image and dice of its own, and starts from the statistics of the one before."""
+    config.model.backbone.norm, config.model.frozen_parts = "bn", ("neck",)
+    config.model.rpn.samples = 4  # so few that chance decides which
+    config.optim.update(momentum=0.0, weight_decay=0.0, base_batch_size=0)
+    batch, mesh = make_batch(8), sharding.make_mesh(jax.devices()[:1])
+    detector, state, step = set_up(config, mesh, accumulate=2)
+    params, statistics = jax.tree.map(np.asarray, (state.params, state.batch_stats))
+
+    @jax.jit
+    def gradients(params, statistics, piece, key):
+        def loss(params):
+            variables = {"params": params, "batch_stats": statistics}
+            (losses, _), updated = detector.apply(variables, piece, key, method="losses", mutable=["batch_stats"])
+            return sum(losses.values()), updated["batch_stats"]
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    total = jax.tree.map(np.zeros_like, params)
+    for i, key in enumerate(jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 0), 2)):
+        piece = jax.tree.map(lambda x, i=i: x[i::2], batch)
+        found, statistics = gradients(params, statistics, piece, key)
+        total = jax.tree.map(np.add, total, found)
+    mean = jax.tree.map(lambda x: x / 2, total) | {"neck": jax.tree.map(np.zeros_like, params["neck"])}
+    state, metrics = step(state, sharding.put_batch(mesh, vars(batch)))
+    assert float(metrics["grad_norm"]) == pytest.approx(float(optax.tree.norm(mean)), rel=1e-3)
+    expected = jax.tree.map(lambda x, gradient: x - 0.01 * gradient, params, mean)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.params, expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), state.batch_stats, statistics)
 
 
 def test_accumulated_gradients_take_the_memory_of_one_piece(config, make_batch):
