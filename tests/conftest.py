@@ -1,15 +1,17 @@
 """Before any test imports jax: eight CPU devices, full float32, and a compile cache that survives between runs."""
 
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Compiling takes most of the tests' time; what is compiled runs for milliseconds and need not be fast.
 _FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+if version("jaxlib").startswith("0.10."):  # 0.12 does not know the flag, and ends at it
+    _FLAGS += " --xla_cpu_use_fusion_emitters=false"  # which go through MLIR: half of the compiling
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {_FLAGS}"
-# A cache for each of pytest-xdist's workers: one that reads what another has half written would warn.
-_WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".cache" / f"jax{_WORKER}"))
+# One cache for all of pytest-xdist's workers and the commands they start: each compiles what no other has.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("MPLBACKEND", "Agg")
