@@ -1,5 +1,6 @@
 """A sweep plans, runs, resumes and refuses; a Fast R-CNN takes an RPN's proposals; four stages make one detector."""
 
+import functools
 import json
 import signal
 import subprocess
@@ -21,12 +22,15 @@ from fpn_jax.variants import changed, difference
 
 ROOT = Path(__file__).parent.parent
 
+COST = functools.cache(sweep.cost)  # as every sweep plans all rows anew
+
 
 @pytest.fixture
 def base(tiny_config, scenes_dir, monkeypatch):
     """Six steps of a detector that compiles in seconds, on one device."""
     make_mesh = sharding.make_mesh
     monkeypatch.setattr(sharding, "make_mesh", lambda **how: make_mesh(sharding.first_device(), **how))
+    monkeypatch.setattr(sweep, "cost", COST)
     tiny_config.update(num_steps=6, batch_size=2, eval_batch_size=2, checkpoint_every=2, eval_every=3, pictures=1)
     tiny_config.update(ema_decay=0.0)
     tiny_config.data.update(data_dir=str(scenes_dir), max_proposals=(32, 16))
