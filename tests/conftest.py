@@ -1,5 +1,6 @@
 """Before any test imports jax: eight CPU devices, full float32, and a compile cache that survives between runs."""
 
+import gc
 import os
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +16,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.par
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("MPLBACKEND", "Agg")
+gc.set_threshold(50_000)  # tracing makes many objects that stay: going through them all the time is a tenth of it
 
 import pytest  # noqa: E402 - the environment comes first
 
@@ -42,6 +44,15 @@ def tiny_config():
     config.model.rpn.update(pre_nms_train=32, post_nms_train=32, pre_nms_test=32, post_nms_test=16)
     config.model.box.update(samples=8, detections=8, canonical_size=32.0)
     return config
+
+
+@pytest.fixture
+def tinier_config(tiny_config):
+    """Two stages and three levels, half as long to trace and compile: for what is about runs, not about detectors."""
+    tiny_config.model.backbone.blocks = (1, 1)
+    tiny_config.model.rpn.update(levels=(2, 3, 4), sizes=((8.0,), (16.0,), (32.0,)))
+    tiny_config.model.box.levels = (2, 3)
+    return tiny_config
 
 
 @pytest.fixture
@@ -80,15 +91,15 @@ def scenes_dir(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def tiny_experiment(tmp_path, tiny_config, scenes_dir) -> Path:
+def tiny_experiment(tmp_path, tinier_config, scenes_dir) -> Path:
     """The file of a config that trains 12 steps on the tiny scenes."""
     import json
 
-    tiny_config.update(num_steps=12, batch_size=2, eval_batch_size=2, checkpoint_every=4, eval_every=0, pictures=2)
-    tiny_config.data.data_dir = str(scenes_dir)
-    path = tmp_path / "tiny.py"
+    tinier_config.update(num_steps=12, batch_size=2, eval_batch_size=2, checkpoint_every=4, eval_every=0, pictures=2)
+    tinier_config.data.data_dir = str(scenes_dir)
+    path, values = tmp_path / "tiny.py", json.dumps(tinier_config.to_dict())
     path.write_text(
         "import json, ml_collections\n"
-        f"def get_config():\n    return ml_collections.ConfigDict(json.loads({json.dumps(tiny_config.to_dict())!r}))\n"
+        f"def get_config():\n    return ml_collections.ConfigDict(json.loads({values!r}))\n"
     )
     return path
