@@ -9,12 +9,14 @@ unrounded. Ours reads records through Grain; torchvision's reads the files with 
 The first figure is images by CPU time (user and system) of one core: both sides work in the process itself, in its one
 thread, where nothing has to be sent or waited for. Then images by the clock: ours in the threads that training has, the
 DataLoader with as many workers as there are cores. Before anything is timed a batch of each side must be the other's.
+What an image's CPU time goes to, each part alone and one after another, is in a table.
 """
 
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -38,8 +40,18 @@ def check(kind: str, found: Mapping[str, np.ndarray], expected: Mapping[str, np.
     np.testing.assert_allclose(found["boxes"], expected["boxes"], atol=0.01)
 
 
-def measure(folder: str, kind: str, batches: int, repeats: int) -> list[dict]:
-    """The lines of one kind of pixels."""
+def table(kind: str, seconds: Mapping[str, float], parts: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, Any]:
+    """The table of a record: milliseconds of an image, of which each side takes `seconds`; parts: {side: {part: s}}."""
+    columns = []
+    for side, of_side in parts.items():
+        known = {part: float(x) for part, x in of_side.items()}
+        columns.append(known | {"all else": seconds[side] - sum(known.values()), "all": seconds[side]})
+    rows = [[part, *(f"{1e3 * column[part]:.2f}" for column in columns)] for part in columns[0]]
+    return {"title": f"{kind}, an image", "head": ["part", *(f"{side}, ms" for side in parts)], "rows": rows}
+
+
+def measure(folder: str, kind: str, batches: int, repeats: int) -> tuple[list[dict], dict[str, Any]]:
+    """The lines and the table of one kind of pixels."""
     options = {"folder": folder, "kind": kind, "batches": batches}
     alone = options | {"changes": {"num_threads": 0}}
     every = {name: Side("benchmarks.ours_input:pictures", x) for name, x in ((OURS, alone), (THREADS, options))}
@@ -53,15 +65,17 @@ def measure(folder: str, kind: str, batches: int, repeats: int) -> list[dict]:
         if THEIRS in running:
             check(kind, *(running[side].outputs("first", CHECKED) for side in (OURS, THEIRS)))
         times = timing.take_turns(running, "epoch", repeats, warm_up=1)
+        parts = {name: running[name].outputs("parts", CHECKED) for name in (OURS, THEIRS) if name in running}
     images = batches * BATCH
     cpu, wall = (
         {name: timing.rates(images, [getattr(x, clock) for x in values]) for name, values in times.items()}
         for clock in ("cpu", "wall")
     )
-    return [
+    lines = [
         record.faster(f"{kind}, by CPU time", "images/s", cpu[OURS], cpu.get(THEIRS), THEIRS, TARGET),
         record.faster(f"{kind}, by the clock", "images/s", wall[THREADS], wall.get(WORKERS), WORKERS, None),
     ]
+    return lines, table(kind, {side: 1 / cpu[side]["median"] for side in parts}, parts)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -70,9 +84,10 @@ def main(argv: Sequence[str]) -> None:
     recorder, (count, batches) = record.Recorder("input_pipeline"), (16, 2) if sides.QUICK.value else (128, 32)
     with tempfile.TemporaryDirectory() as folder:
         write_pictures(Path(folder), count)
-        lines = [line for kind in OFF for line in measure(folder, kind, batches, sides.repeats(4))]
+        found = [measure(folder, kind, batches, sides.repeats(4)) for kind in OFF]
+    lines, tables = [line for lines, _ in found for line in lines], [shown for _, shown in found]
     notes = [] if lines[0]["theirs"] else [record.HOW_TO_GET_TORCHVISION]
-    recorder.finish("cpu", lines, {}, sides.folder(), notes)
+    recorder.finish("cpu", lines, {}, sides.folder(), notes, tables)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,12 @@ import cv2
 import numpy as np
 
 from benchmarks import inputs
-from benchmarks.timing import Made, Program
+from benchmarks.timing import Made, Program, per_item
 from fpn_jax.data.datasets import open_split
+from fpn_jax.data.decode import decode
 from fpn_jax.data.pipeline import PipelineOptions, default_buckets, eval_batches, train_batches
 from fpn_jax.data.preparation import prepare
+from fpn_jax.data.transforms import resize_into, resized_size
 
 HEIGHT, WIDTH, OBJECTS = 480, 640, 7
 SHORTER, LONGEST, BATCH = 800, 1333, 8
@@ -36,7 +38,8 @@ def write_pictures(folder: Path, count: int) -> None:
 
 
 def pictures(folder: str, kind: str, batches: int, changes: dict[str, Any] | None = None) -> Made:
-    """ "epoch": this many random batches, read and let go; "first": the first batch of those in order, unflipped.
+    """ "epoch": this many random batches, read and let go; "first": the first batch of those in order, unflipped;
+    "parts": the seconds that each part takes for an image.
 
     kind: "uint8" or "float32"; changes: of the pipeline's options.
     """
@@ -54,5 +57,21 @@ def pictures(folder: str, kind: str, batches: int, changes: dict[str, Any] | Non
     def outputs(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {"image": batch["image"], "boxes": batch["boxes"][:, :OBJECTS]}
 
-    programs = {"epoch": Program(lambda seed: seed, epoch), "first": Program(lambda seed: seed, first, outputs)}
+    def read(row: int) -> np.ndarray:
+        return decode(split.source[row]["image"], "a picture", (HEIGHT, WIDTH))
+
+    def parts(_: int) -> dict[str, np.ndarray]:
+        rows, size = range(len(split)), resized_size(HEIGHT, WIDTH, SHORTER, LONGEST)
+        images, canvases = [read(row) for row in rows], np.zeros((BATCH, *buckets[2], 3), kind)
+
+        def resize(row: int) -> None:
+            resize_into(canvases[row % BATCH], images[row], size, options.interpolation, flip=False)
+
+        return {"read and decode": np.float64(per_item(read, rows)), "resize": np.float64(per_item(resize, rows))}
+
+    programs = {
+        "epoch": Program(lambda seed: seed, epoch),
+        "first": Program(lambda seed: seed, first, outputs),
+        "parts": Program(lambda seed: seed, parts),
+    }
     return Made(programs)

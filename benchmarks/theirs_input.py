@@ -13,7 +13,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from benchmarks.ours_input import BATCH, LONGEST, OBJECTS, SHORTER
-from benchmarks.timing import Made, Program
+from benchmarks.timing import Made, Program, per_item
 
 
 class Pictures(Dataset):
@@ -28,9 +28,13 @@ class Pictures(Dataset):
     def __len__(self) -> int:
         return len(self._files)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def read(self, index: int) -> torch.Tensor:
+        """The file as uint8 [3 h w]."""
         with Image.open(self._files[index]) as file:
-            image = v2.functional.pil_to_tensor(file.convert("RGB"))
+            return v2.functional.pil_to_tensor(file.convert("RGB"))
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        image = self.read(index)
         boxes = self._boxes[index]
         corners = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)
         size = tuple(image.shape[1:])
@@ -63,7 +67,16 @@ def pictures(folder: str, kind: str, batches: int, workers: int) -> Made:
         image = batch[0].permute(0, 2, 3, 1).numpy()
         return {"image": image * 255 if kind == "float32" else image, "boxes": batch[1].numpy()}
 
-    programs = {"epoch": Program(lambda seed: seed, epoch), "first": Program(lambda seed: seed, first, outputs)}
+    def parts(_: int) -> dict[str, np.ndarray]:
+        images = [tv_tensors.Image(in_order.read(row)) for row in range(len(in_order))]
+        seconds = per_item(in_order.read, range(len(images))), per_item(v2.Compose([*cast, resize]), images)
+        return dict(zip(("read and decode", "resize"), map(np.float64, seconds), strict=True))
+
+    programs = {
+        "epoch": Program(lambda seed: seed, epoch),
+        "first": Program(lambda seed: seed, first, outputs),
+        "parts": Program(lambda seed: seed, parts),
+    }
     return Made(programs, {"cores": os.cpu_count()})
 
 

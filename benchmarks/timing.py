@@ -151,6 +151,16 @@ def rates(count: float, seconds: Sequence[float]) -> dict[str, float]:
     return summary([count / value for value in seconds])
 
 
+def per_item(function: Callable[[Any], Any], items: Sequence[Any]) -> float:
+    """Seconds of this thread's CPU time that the function takes for one of the items: the median, each taken twice."""
+    seconds = []
+    for item in [*items, *items]:
+        start = time.thread_time()
+        function(item)
+        seconds.append(time.thread_time() - start)
+    return statistics.median(seconds)
+
+
 def last_line(error: Exception) -> str:
     """The line of a traceback that says what happened."""
     return str(error).strip().splitlines()[-1]

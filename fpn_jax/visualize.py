@@ -12,9 +12,6 @@ from typing import Any
 
 import cv2
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from fpn_jax.errors import UserError
 from fpn_jax.storage import paths
@@ -249,6 +246,9 @@ def curves(metrics: str | os.PathLike | Sequence[Mapping[str, Any]], path: str |
     metrics is WORKDIR/metrics.jsonl or its lines as dicts: {"step", "loss", ..., "eval/AP", "eval/AP50", ...}, null
     where a number has no meaning. Raises `UserError` if the file is missing or the picture cannot be written.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # here, as it takes every command half a second
+    from matplotlib.figure import Figure
+
     rows = _read_lines(paths.path(metrics)) if isinstance(metrics, str | os.PathLike) else metrics
     figure = Figure(figsize=(9, 7), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
@@ -289,7 +289,7 @@ def _series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np
     return np.array(steps, np.float64), np.array([points[step] for step in steps], np.float64)
 
 
-def _plot_loss(axes: Axes, steps: np.ndarray, loss: np.ndarray) -> None:
+def _plot_loss(axes: Any, steps: np.ndarray, loss: np.ndarray) -> None:
     if not len(steps):
         return
     many = len(steps) > 10
@@ -311,7 +311,7 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return (sums[end] - sums[start]) / (end - start)
 
 
-def _plot_scores(axes: Axes, steps: np.ndarray, values: np.ndarray, label: str) -> None:
+def _plot_scores(axes: Any, steps: np.ndarray, values: np.ndarray, label: str) -> None:
     if not len(steps):
         return
     (line,) = axes.plot(steps, values, linewidth=2, marker="o", markersize=4, label=label)

@@ -230,6 +230,15 @@ def test_the_input_pipelines_side_reads_the_pictures_that_were_written(tmp_path,
     input_pipeline.check(kind, both, both | {"image": expected[None]})
     with pytest.raises(AssertionError, match=kind):
         input_pipeline.check(kind, both, both | {"image": expected[None, :, ::-1]})
+    parts = programs["parts"].run(0)
+    assert parts.keys() == {"read and decode", "resize"} and min(parts.values()) > 0
+
+
+def test_the_input_pipelines_table_has_what_is_left_of_all():
+    parts = {side: {"resize": np.float64(x)} for side, x in (("ours", 0.001), ("theirs", 0.003))}
+    found = input_pipeline.table("uint8", {"ours": 0.0035, "theirs": 0.004}, parts)
+    assert found["head"] == ["part", "ours, ms", "theirs, ms"]
+    assert found["rows"] == [["resize", "1.00", "3.00"], ["all else", "2.50", "1.00"], ["all", "3.50", "4.00"]]
 
 
 def test_the_command_measures_what_it_is_told_and_writes_the_table(tmp_path):

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from launching import environment
 
 from fpn_jax.errors import UserError
 from fpn_jax.storage import claim, mirror, paths, spool
@@ -39,9 +40,8 @@ def cloud():
 def train(config, workdir, cache, *changes):
     command = [sys.executable, "-m", "fpn_jax.train", f"--config={config}", f"--workdir={workdir}"]
     command += ["--config.data.data_dir=gs://bucket/data", f"--config.data.cache_dir={cache}", *changes]
-    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
 
 
@@ -82,8 +82,7 @@ def test_a_run_in_the_cloud_is_killed_resumed_and_scored(cloud, tiny_experiment,
 
     scores = json.loads(paths.path(f"{workdir}/metrics.json").read_text())
     command = [sys.executable, "-m", "fpn_jax.evaluate", f"--workdir={workdir}", "--pictures=0"]
-    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(paths.path(f"{workdir}/eval/val/metrics.json").read_text()) == scores
 

@@ -1,7 +1,6 @@
 """The commands one after another, as a user gives them, on tiny data: what they write and how they refuse."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from launching import environment
 
 from fpn_jax.data.datasets import open_split
 from fpn_jax.predict import find_images
@@ -18,8 +18,7 @@ ROOT = Path(__file__).parent.parent
 
 def run(module, *arguments):
     command = [sys.executable, "-m", f"fpn_jax.{module}", *map(str, arguments)]
-    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
 
 
 def fails_in_one_line(done):

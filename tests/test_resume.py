@@ -1,12 +1,13 @@
 """A run that is killed in the middle continues as if nothing had happened: the losses are equal bit for bit."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from launching import environment
 
 ROOT = Path(__file__).parent.parent
 STEPS = 48
@@ -29,10 +30,6 @@ def finished_checkpoints(workdir):
 
 def being_written(workdir):
     return any("tmp" in path.name for path in (workdir / "checkpoints").iterdir())
-
-
-def environment():
-    return os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
 
 
 def test_a_killed_run_continues_with_the_same_losses(tmp_path, tiny_experiment):

@@ -1,7 +1,7 @@
 """A sweep plans, runs, resumes and refuses; a Fast R-CNN takes an RPN's proposals; four stages make one detector."""
 
+import functools
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,6 +11,7 @@ from pathlib import Path
 import ml_collections
 import numpy as np
 import pytest
+from launching import environment
 
 from fpn_jax import cli, evaluate, sweep
 from fpn_jax.data.proposals import read
@@ -20,7 +21,8 @@ from fpn_jax.training import checkpoint, sharding
 from fpn_jax.variants import changed, difference
 
 ROOT = Path(__file__).parent.parent
-ENVIRONMENT = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # of commands of their own: one device
+
+COST = functools.cache(sweep.cost)  # as every sweep plans all rows anew
 
 
 @pytest.fixture
@@ -28,6 +30,7 @@ def base(tiny_config, scenes_dir, monkeypatch):
     """Six steps of a detector that compiles in seconds, on one device."""
     make_mesh = sharding.make_mesh
     monkeypatch.setattr(sharding, "make_mesh", lambda **how: make_mesh(sharding.first_device(), **how))
+    monkeypatch.setattr(sweep, "cost", COST)
     tiny_config.update(num_steps=6, batch_size=2, eval_batch_size=2, checkpoint_every=2, eval_every=3, pictures=1)
     tiny_config.update(ema_decay=0.0)
     tiny_config.data.update(data_dir=str(scenes_dir), max_proposals=(32, 16))
@@ -115,14 +118,14 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path, base):
     )
     workdir = tmp_path / "sweep"
     command = [sys.executable, "-m", "fpn_jax.sweep", f"--config={path}", f"--workdir={workdir}", "--seeds=1"]
-    victim = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=-3, stderr=-3)
+    victim = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=-3, stderr=-3)
     checkpoints, deadline = workdir / "fpn/seed0/checkpoints", time.monotonic() + 200
     while time.monotonic() < deadline and not any(p.name.isdigit() for p in checkpoints.glob("*")):
         time.sleep(0.01)
     victim.send_signal(signal.SIGKILL)
     victim.wait()
     assert not (workdir / "fpn/seed0/metrics.json").exists(), "it ended before it could be killed"
-    again = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    again = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert "continuing at step" in again.stderr
     assert (workdir / "fpn/seed0/metrics.json").exists()
@@ -170,7 +173,7 @@ def test_proposals_of_an_rpn_are_saved_and_read(tmp_path, base, monkeypatch, cap
     output = tmp_path / "found.npz"
     flags = [f"--workdir={workdir}", "--split=train", f"--output={output}", "--most=20"]
     command = [sys.executable, "-m", "fpn_jax.propose", *flags]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     table = read(output)
     assert len(table.image_id) == 16 and max(np.diff(table.offsets)) <= 20

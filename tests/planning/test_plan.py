@@ -2,13 +2,13 @@
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
 import pytest
+from launching import environment
 
 from fpn_jax.errors import UserError
 from fpn_jax.models import build_detector
@@ -24,10 +24,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 def run_plan(config, *arguments):
     command = [sys.executable, "-m", "fpn_jax.plan", f"--config={config}", *arguments]
-    # Without the eight devices of the tests, but with their quick compilation.
-    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
-    environment = os.environ | {"XLA_FLAGS": " ".join(flags)}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
 
 
 def test_the_step_of_eight_devices(tiny_config):

@@ -54,6 +54,7 @@ def test_one_and_eight_devices_give_the_same_losses_and_weights(config, make_bat
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.usefixtures("tinier_config")
 def test_the_step_is_deterministic_and_its_seed_matters(config, make_batch):
     config.model.rpn.samples = 4  # so few that chance decides which
     batches = [make_batch(8, seed) for seed in range(2)]
@@ -89,6 +90,7 @@ def test_losses_fall_on_one_batch_and_the_gradient_reaches_every_part(config, ma
         assert all(jax.tree.leaves(moved)), (part, moved)
 
 
+@pytest.mark.usefixtures("tinier_config")
 def test_accumulated_gradients_are_those_of_the_whole_batch(config, make_batch):
     batch = make_batch(8)
     batch = batch.replace(valid=np.ones_like(batch.valid), boxes=np.maximum(batch.boxes, [[[4, 4, 30, 30]]]))
@@ -102,6 +104,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(config, make_batch):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+@pytest.mark.usefixtures("tinier_config")
 def test_accumulating_is_a_loop_over_the_pieces(config, make_batch):
     """Each piece has every other image and dice of its own, and starts from the statistics of the one before."""
     config.model.backbone.norm, config.model.frozen_parts = "bn", ("neck",)
@@ -133,6 +136,7 @@ def test_accumulating_is_a_loop_over_the_pieces(config, make_batch):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), state.batch_stats, statistics)
 
 
+@pytest.mark.usefixtures("tinier_config")
 def test_accumulated_gradients_take_the_memory_of_one_piece(config, make_batch):
     mesh = sharding.make_mesh(jax.devices()[:1])
     _, state, step = set_up(config, mesh, accumulate=4)
@@ -141,10 +145,11 @@ def test_accumulated_gradients_take_the_memory_of_one_piece(config, make_batch):
         for eqn in step.trace(state, sharding.put_batch(mesh, vars(make_batch(8)))).jaxpr.eqns
         if eqn.primitive.name == "scan" and eqn.params["length"] == 4
     )
-    kept_of_each_piece = loop.outvars[loop.params["num_carry"] :]
-    assert {x.aval.shape for x in kept_of_each_piece} == {(4,)}  # metrics
+    # Of each piece its metrics alone; no kernel begins with 4 itself.
+    assert not [x.aval.shape for x in loop.outvars if x.aval.ndim > 1 and x.aval.shape[0] == 4]
 
 
+@pytest.mark.usefixtures("tinier_config")
 def test_average_of_the_weights_follows_its_formula(config, make_batch):
     mesh = sharding.make_mesh(jax.devices()[:1])
     _, state, step = set_up(config, mesh, ema_decay=0.5)
