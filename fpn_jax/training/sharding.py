@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -210,7 +211,9 @@ def put_state(mesh: Mesh, tree: Any, over: str = "") -> Any:
     They have memory of their own: what shares it with `tree`, as arrays on a CPU otherwise would, cannot be donated,
     and the first step would need room for two states.
     """
-    return jax.device_put(jax.tree.map(np.array, tree), layout(mesh, tree, over))
+    placed = jax.device_put(jax.tree.map(np.array, tree), layout(mesh, tree, over))
+    # A CPU takes over what NumPy happens to have placed at multiples of 64 bytes, and cannot donate it.
+    return jax.tree.map(jnp.copy, placed) if mesh.devices.flat[0].platform == "cpu" else placed
 
 
 def constrain(mesh: Mesh, tree: Any, over: str = "") -> Any:
