@@ -62,7 +62,7 @@ def pictures(folder: str, kind: str, batches: int, changes: dict[str, Any] | Non
 
     def parts(_: int) -> dict[str, np.ndarray]:
         rows, size = range(len(split)), resized_size(HEIGHT, WIDTH, SHORTER, LONGEST)
-        images, canvases = [read(row) for row in rows], np.zeros((BATCH, *buckets[2], 3), kind)
+        images, canvases = [read(row) for row in rows], first(0)["image"]
 
         def resize(row: int) -> None:
             resize_into(canvases[row % BATCH], images[row], size, options.interpolation, flip=False)

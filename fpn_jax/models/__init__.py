@@ -47,10 +47,12 @@ CHOICES = {
 }
 # Numbers by their keys: the least and the most of each.
 NUMBERS = {
+    "model.backbone.width": (1, math.inf),
     "model.neck.channels": (1, math.inf),
     "model.rpn_head.convs": (1, math.inf),
     "model.box_head.channels": (1, math.inf),
     "model.box.pooled_size": (1, math.inf),
+    "model.box.canonical_size": (1, math.inf),
     "model.box.detections": (1, math.inf),
     "model.rpn.pre_nms_train": (0, math.inf),
     "model.rpn.pre_nms_test": (0, math.inf),
@@ -235,10 +237,11 @@ def _fields(key: str, cls: type, values: Mapping[str, Any], given: Collection[st
             raise UserError(f"{key}.{name}: {cls.__name__} has no such attribute")
         if name in CHOICES:
             _choose(f"{key}.{name}", dict.fromkeys(CHOICES[name]), values[name])
-        least, most = NUMBERS.get(f"{key}.{name}", (None, None))
-        if least is not None and not least <= values[name] <= most:
-            bounds = f"at least {least}" + (f" and at most {most}" if most < math.inf else "")
-            raise UserError(f"{key}.{name} is {values[name]}; it must be {bounds}")
+        if f"{key}.{name}" in NUMBERS:
+            least, most = NUMBERS[f"{key}.{name}"]
+            if not least <= values[name] <= most:
+                bounds = f"at least {least}" + (f" and at most {most}" if most < math.inf else "")
+                raise UserError(f"{key}.{name} is {values[name]}; it must be {bounds}")
     return {name: _frozen(value) for name, value in values.items()}
 
 

@@ -172,6 +172,8 @@ REFUSED = [  # beginning of the message, changes
     ("model.rpn.beta is -1.0; it must be at least 0", {"rpn.beta": -1.0}),
     ("model.box.detections is -3; it must be at least 1", {"box.detections": -3}),
     ("model.box.pooled_size is 0; it must be at least 1", {"box.pooled_size": 0}),
+    ("model.box.canonical_size is 0.0; it must be at least 1", {"box.canonical_size": 0.0}),
+    ("model.backbone.width is 0; it must be at least 1", {"backbone.width": 0}),
     ("model.neck.channels is 0; it must be at least 1", {"neck.channels": 0}),
     ("model.box_head.channels is 0; it must be at least 1", {"box_head.channels": 0}),
     ("model.backbone.frozen_stages is -1; choose 0 to 5", {"backbone.frozen_stages": -1}),
