@@ -211,9 +211,13 @@ def put_state(mesh: Mesh, tree: Any, over: str = "") -> Any:
     They have memory of their own: what shares it with `tree`, as arrays on a CPU otherwise would, cannot be donated,
     and the first step would need room for two states.
     """
-    placed = jax.device_put(jax.tree.map(np.asarray, tree), layout(mesh, tree, over))
-    # A CPU takes over what lies as XLA wants it, as a copy by NumPy does now and then, and cannot donate it.
-    return jax.tree.map(jnp.copy, placed) if mesh.devices.flat[0].platform == "cpu" else placed
+    where = layout(mesh, tree, over)
+    placed = jax.device_put(jax.tree.map(np.asarray, tree), where)
+    if mesh.devices.flat[0].platform != "cpu":
+        return placed
+    # A CPU takes over what lies as XLA wants it, as a copy by NumPy does now and then, and cannot donate it. Copied by
+    # one program: one for each shape would stay, too.
+    return jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=where)(placed)
 
 
 def constrain(mesh: Mesh, tree: Any, over: str = "") -> Any:

@@ -36,12 +36,18 @@ def init_variables(detector: Detector, image_size: tuple[int, int], seed: int) -
 def make_state(variables: dict[str, Any], optimizer: optax.GradientTransformation, ema_decay: float) -> TrainState:
     """Step 0 with these variables. The average starts at the parameters; decay 0 keeps none."""
     params = variables["params"]
+
+    @jax.jit  # one program: one for each shape takes a second longer, and 0.1 GB as long as the process lives
+    def others(params):
+        return optimizer.init(params), jax.tree.map(jnp.copy, params) if ema_decay else {}
+
+    opt_state, ema_params = others(params)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         batch_stats=variables["batch_stats"],
-        opt_state=optimizer.init(params),
-        ema_params=jax.tree.map(jnp.copy, params) if ema_decay else {},
+        opt_state=opt_state,
+        ema_params=ema_params,
     )
 
 

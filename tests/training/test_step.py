@@ -149,6 +149,14 @@ def test_accumulated_gradients_take_the_memory_of_one_piece(config, make_batch):
     assert not [x.aval.shape for x in loop.outvars if x.aval.ndim > 1 and x.aval.shape[0] == 4]
 
 
+def test_the_average_of_the_weights_begins_as_a_copy():
+    """What shares its memory with the weights could not be donated with them."""
+    params = {"w": jnp.ones(64)}
+    average = make_state({"params": params, "batch_stats": {}}, optax.sgd(0.1), 0.5).ema_params
+    np.testing.assert_array_equal(average["w"], params["w"])
+    assert average["w"].unsafe_buffer_pointer() != params["w"].unsafe_buffer_pointer()
+
+
 @pytest.mark.usefixtures("tinier_config")
 def test_average_of_the_weights_follows_its_formula(config, make_batch):
     mesh = sharding.make_mesh(jax.devices()[:1])
