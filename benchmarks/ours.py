@@ -18,6 +18,7 @@ from benchmarks.parts import by_part
 from benchmarks.timing import Made, Program
 from experiments.faster_rcnn_r50_fpn import get_config
 from fpn_jax.common import set_up_jax
+from fpn_jax.errors import UserError
 from fpn_jax.models import build_detector
 from fpn_jax.ops.matching import match_boxes
 from fpn_jax.ops.nms import nms, nms_top
@@ -73,7 +74,9 @@ def trainer(count: int, height: int, width: int, dtype: str, changes: Mapping[st
 
 
 def training(count: int, height: int, width: int, dtype: str, changes: Mapping[str, Any] | None = None) -> Made:
-    """ "step": a training step of `count` images; "losses": those of the first anchors and RoIs, in float32."""
+    """ "step": a training step of `count` images; "losses": those of the first anchors and RoIs, in float32;
+    "work": how much there is to compute in a step, and how fast the device could.
+    """
     made = trainer(count, height, width, dtype, changes)
     exact = config(changes or {}, "float32")
     exact.model.rpn.sampling = exact.model.box.sampling = "first"
@@ -88,17 +91,17 @@ def training(count: int, height: int, width: int, dtype: str, changes: Mapping[s
         with jax.default_matmul_precision("highest"):
             return jax.block_until_ready(losses(made.variables(), batch))
 
-    peak, source = flops.peak_flops(jax.devices()[0])
-    facts = _facts() | {
-        "tflop": flops.matmul_flops(made.direct.trace(made.state[0], made.prepare(0)).jaxpr.jaxpr) / 1e12,
-        "peak_tflop_per_s": peak / 1e12,
-        "peak_from": source,
-    }
+    def work(batch: Batch) -> dict[str, Any]:
+        needed = flops.matmul_flops(made.direct.trace(made.state[0], batch).jaxpr.jaxpr)
+        peak, source = flops.peak_flops(jax.devices()[0])
+        return {"tflop": needed / 1e12, "peak_tflop_per_s": peak / 1e12, "peak_from": source}
+
     programs = {
+        "work": Program(made.prepare, work, lambda found: {name: np.asarray(x) for name, x in found.items()}),
         "step": Program(made.prepare, made.run, lambda metrics: {"loss": metrics["loss"]}),
         "losses": Program(made.prepare, run_losses, lambda found: {LOSSES[name]: x for name, x in found.items()}),
     }
-    return Made(programs, facts, _device_peak)
+    return Made(programs, _facts(), _device_peak)
 
 
 def first_step(count: int, height: int, width: int, dtype: str, changes: Mapping[str, Any] | None = None) -> Made:
@@ -234,16 +237,21 @@ def operations(height: int, width: int, channels: int, sizes: Mapping[str, int])
 
 
 def _detector(config: Any) -> tuple[Any, Any]:
-    """(detector, variables): with the weights by rule if it is the base experiment's, fresh ones if it is another."""
+    """(detector, variables): with the weights by rule if its layers are the base experiment's, else fresh ones."""
     set_up_jax()  # as the commands do; what one side has compiled the next ones find
     detector = build_detector(config.model, inputs.CLASSES)
-    of_base = build_detector(get_config().model, inputs.CLASSES)
-    shapes, expected = (jax.eval_shape(lambda d=d: init_variables(d, (64, 64), 0)) for d in (detector, of_base))
-    if jax.tree.map(jnp.shape, shapes) != jax.tree.map(jnp.shape, expected):
+    shapes, arrays = jax.eval_shape(lambda: init_variables(detector, (64, 64), 0)), weights.state_dict(inputs.case())
+    try:
+        loaded = loader.load(shapes, arrays, "benchmarks", config.model.box.pooled_size).variables
+    except UserError:
+        if config.model == _base_model(config.model.dtype):
+            raise
         return detector, init_variables(detector, (64, 64), 0)
-    arrays = weights.state_dict(inputs.case())
-    loaded = loader.load(shapes, arrays, "benchmarks", config.model.box.pooled_size).variables
     return detector, jax.device_put(loaded, sharding.first_device()[0])
+
+
+def _base_model(dtype: str) -> Any:
+    return config({}, dtype).model
 
 
 def _facts() -> dict[str, Any]:

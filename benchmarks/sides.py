@@ -71,12 +71,14 @@ def measure(
     dtype: str,
     targets: Mapping[str, float],
     repeats: int,
+    counts: str = "",
 ) -> Measured:
     """Compare the detector of size count x height x width on all sides that there are.
 
     kind: "training" or "inference"; program: what is timed; exact: what `check(ours, theirs)` compares before, which
     raises if the results differ. targets: how many times as fast as each of torchvision's ways ours is to be; none
     without torchvision. With "tuned allocator" among them ours is also run so, against the same of theirs.
+    counts: a program of ours whose outputs are facts, too; memory is measured where it has not run.
     """
     every = {OURS: ours(kind, {**size, "dtype": dtype})}
     if THEIRS + TUNED in targets:
@@ -88,7 +90,9 @@ def measure(
             check(running[OURS].outputs(exact, CHECKED), running[next(iter(targets))].outputs(exact, CHECKED))
         notes = _drop_what_fails(running, program)
         times = timing.take_turns(running, program, repeats)
-        facts, names = running[OURS].facts, [name for name in running if TUNED not in name]
+        facts, names = dict(running[OURS].facts), [name for name in running if TUNED not in name]
+        if counts:
+            facts |= {name: x.item() for name, x in running[OURS].outputs(counts, CHECKED).items()}
     memory = {}
     for name in names:  # in new processes: the comparison in float32 would count
         with timing.started({name: every[name]}) as alone:

@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> None:
     lines, notes = [], [] if targets else [record.HOW_TO_GET_TORCHVISION]
     for count in (1,) if sides.QUICK.value else COUNTS.get(platform, (8,)):
         size = {"count": count, "height": height, "width": width}
-        found = sides.measure("training", "step", "losses", check, size, dtype, targets, sides.repeats(5))
+        found = sides.measure("training", "step", "losses", check, size, dtype, targets, sides.repeats(5), "work")
         what, facts = f"{count} x {height}x{width}, {dtype}", found.facts
         shares = [100 * facts["tflop"] / x.wall / facts["peak_tflop_per_s"] for x in found.times[OURS]]
         target = None if platform == "cpu" else MFU_TARGET

@@ -213,7 +213,9 @@ def test_our_training_steps_and_its_losses_do_not_depend_on_chance(tiny):
     assert all(np.isfinite(x) for _ in range(2) for x in step.outputs(step.run(step.prepare(0))).values())
     same = [losses.outputs(losses.run(losses.prepare(0))) for _ in range(2)]
     assert len(same[0]) == 4 and same[0] == same[1]
-    assert made.facts["tflop"] > 0 and made.facts["peak_tflop_per_s"] > 0
+    work = made.programs["work"]
+    told = {name: x.item() for name, x in work.outputs(work.run(work.prepare(0))).items()}
+    assert told["tflop"] > 0 and told["peak_tflop_per_s"] > 0 and told["peak_from"]
 
 
 @pytest.mark.parametrize("kind", ["uint8", "float32"])
