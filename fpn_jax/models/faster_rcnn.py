@@ -27,10 +27,9 @@ class FasterRCNN(RPN, FastRCNN, kw_only=True):
         """
         pyramid = self.features(batch.image, batch.size, train)
         keys = image_keys(key, len(batch.image), 2)
-        # Boxes to learn from, and not through: the head's maps need no gradient, which the losses take elsewhere.
-        predicted = self.predict_anchors(jax.lax.stop_gradient(pyramid), batch.image.shape[1:3])
+        predicted = self.predict_without_gradient(pyramid, batch.image.shape[1:3])  # the losses take theirs elsewhere
         proposals = self.propose(*predicted, batch.size, True)
-        rpn_losses, rpn_statistics = self.anchor_losses(pyramid, batch, keys[0])
+        rpn_losses, rpn_statistics, pyramid = self.anchor_losses(pyramid, batch, keys[0])
         box_losses, box_statistics = self.roi_losses(pyramid, proposals.boxes, proposals.valid, batch, keys[1], train)
         return rpn_losses | box_losses, rpn_statistics | box_statistics
 

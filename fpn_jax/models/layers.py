@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.xla_metadata import set_xla_metadata
 
+from fpn_jax.ops.halving import halving_conv3x3
 from fpn_jax.ops.platforms import by_platform
+from fpn_jax.ops.products import conv1x1
 from fpn_jax.ops.winograd import conv3x3
 
 Init = nn.initializers.Initializer
@@ -63,10 +65,12 @@ class Conv(nn.Module):
     """Convolution [b h w c] -> [b h' w' features] with kernel // 2 zeros on every side, as torch pads.
 
     "SAME" would put the odd zero of a strided convolution at the bottom right only, and other frameworks' weights
-    would see shifted pictures. A 1x1 convolution is written as a matrix product, whose weight gradient XLA's CPU
-    backend computes several times faster, but for GPUs: there cuDNN adds bias, shortcut and ReLU to a convolution at
-    once, and XLA aborts at a product of a strided slice (benchmarks/LOG.md). Large 3x3 ones are written by Winograd's
-    rule on CPUs.
+    would see shifted pictures.
+
+    Each platform has its own forms (benchmarks/LOG.md). 1x1: a matrix product, whose kernel gradient XLA's CPU backend
+    computes several times faster. Not on GPUs, where cuDNN adds bias, shortcut and ReLU to a convolution at once, and
+    XLA aborts at a product of a strided slice; nor of few channels on TPUs, which keep such maps in another layout.
+    3x3 on CPUs: by Winograd's rule where a float32 map is large, and of stride 2 with gradients of our own.
 
     affine: (gain, shift), both [features], makes y * gain + shift of the result y. The gain becomes part of the kernel:
     no map is multiplied by it, neither forward nor backward.
@@ -88,13 +92,24 @@ class Conv(nn.Module):
         kernel = self.param("kernel", self.kernel_init, shape)
         kernel = (kernel if affine is None else kernel * affine[0]).astype(self.dtype)
         x = x.astype(self.dtype)
-        y = self._convolve(x, kernel) if pad else windows(x, self.kernel) @ kernel.reshape(-1, self.features)
         bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
         if affine is not None:
             bias = affine[1] if bias is None else bias * affine[0] + affine[1]
-        return y if bias is None else y + bias.astype(self.dtype)
+        bias = None if bias is None else bias.astype(self.dtype)
+        if pad:
+            return self._convolve(x, kernel, bias)
+        return _plus(windows(x, self.kernel) @ kernel.reshape(-1, self.features), bias)
 
-    def _convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    def _convolve(self, x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
+        def plain(x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
+            return _plus(self._without_bias(x, kernel), bias)
+
+        products = x.shape[1] * x.shape[2] * x.shape[3] * self.features
+        if products < _WINOGRAD_FROM or (self.kernel, self.stride, self.groups) != (3, 1, 1) or x.dtype != jnp.float32:
+            return plain(x, kernel, bias)
+        return by_platform(x, kernel, bias, cpu=conv3x3, default=plain)
+
+    def _without_bias(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         pad = self.kernel // 2
         direct = functools.partial(
             jax.lax.conv_general_dilated,
@@ -104,16 +119,44 @@ class Conv(nn.Module):
             feature_group_count=self.groups,
         )
         if self.kernel == 1 and self.groups == 1:
-            return by_platform(x, kernel, cpu=self._multiply, tpu=self._multiply, default=direct)
+            on_tpu = self._multiply if min(kernel.shape[2:]) > 64 else direct  # half of the lanes
+            return by_platform(x, kernel, cpu=self._multiply_in_strips, tpu=on_tpu, default=direct)
         if self.stride == 2 and self.kernel % 2 and x.shape[3] <= 4 and self.groups == 1:
             return by_platform(x, kernel, tpu=space_to_depth_conv, default=direct)
-        products = x.shape[1] * x.shape[2] * x.shape[3] * self.features
-        if products < _WINOGRAD_FROM or (self.kernel, self.stride, self.groups) != (3, 1, 1) or x.dtype != jnp.float32:
-            return direct(x, kernel)
-        return by_platform(x, kernel, cpu=conv3x3, default=direct)
+        if (self.kernel, self.stride, self.groups) == (3, 2, 1):
+            return by_platform(x, kernel, cpu=halving_conv3x3, default=direct)
+        return direct(x, kernel)
 
     def _multiply(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         return x[:, :: self.stride, :: self.stride] @ kernel[0, 0]
+
+    def _multiply_in_strips(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return conv1x1(x, kernel[0, 0], self.stride)
+
+
+def _plus(y: jax.Array, bias: jax.Array | None) -> jax.Array:
+    if bias is None:
+        return y
+    return by_platform(y, bias, tpu=plus_by_product, default=jnp.add)
+
+
+@jax.custom_vjp
+def plus_by_product(y: jax.Array, bias: jax.Array) -> jax.Array:
+    """y [... c] + bias [c], whose gradient of the bias is a matrix product with ones.
+
+    A TPU's vector units take several times as long to sum a map as its matrix units (benchmarks/LOG.md).
+    """
+    return y + bias
+
+
+def _plus_backward(bias: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    axes = "bhwn"[: gradient.ndim - 1]
+    ones = jnp.ones((8, *gradient.shape[:-1]), gradient.dtype)  # of one row alone the compiler makes a sum again
+    sums = jnp.einsum(f"u{axes},{axes}c->uc", ones, gradient, precision="highest", preferred_element_type=jnp.float32)
+    return gradient, sums[0].astype(bias.dtype)
+
+
+plus_by_product.defvjp(lambda y, bias: (y + bias, bias), _plus_backward)
 
 
 def windows(x: jax.Array, size: int) -> jax.Array:

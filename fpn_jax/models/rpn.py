@@ -41,18 +41,34 @@ class RPN(Detector, kw_only=True):
         with jax.named_scope("rpn_head"):
             return *self.rpn_head(self._read(pyramid)), self.anchors(pyramid, image_size)
 
+    def predict_without_gradient(
+        self, pyramid: dict[int, jax.Array], image_size: tuple[int, int]
+    ) -> tuple[dict[int, jax.Array], dict[int, jax.Array], dict[int, np.ndarray]]:
+        """`predict_anchors` of boxes to learn from, and not through: nothing is kept of the head's maps."""
+        if self.is_initializing():
+            return self.predict_anchors(pyramid, image_size)
+        head, variables = self.rpn_head.unbind()
+        with jax.named_scope("rpn_head"):
+            found = head.apply(jax.lax.stop_gradient(variables), jax.lax.stop_gradient(self._read(pyramid)))
+            return *found, self.anchors(pyramid, image_size)
+
     def anchors(self, pyramid: dict[int, jax.Array], image_size: tuple[int, int]) -> dict[int, np.ndarray]:
         """Anchors {l: [r 4]} of an image of `image_size` (height, width)."""
         grids = {level: x.shape[1:3] for level, x in self._read(pyramid).items()}
         return rpn.make_anchors(self.rpn_settings, grids, image_size)
 
-    def anchor_losses(self, pyramid: dict[int, jax.Array], batch: Batch, keys: jax.Array) -> tuple[Scalars, Scalars]:
-        """(losses, statistics) of anchors drawn by keys [b], which the head looks at alone."""
+    def anchor_losses(
+        self, pyramid: dict[int, jax.Array], batch: Batch, keys: jax.Array
+    ) -> tuple[Scalars, Scalars, dict[int, jax.Array]]:
+        """(losses, statistics, pyramid) of anchors drawn by keys [b], which the head looks at alone.
+
+        The pyramid is for whoever reads it next, see `take_patches`.
+        """
         anchors = self.anchors(pyramid, batch.image.shape[1:3])
         with jax.named_scope("rpn_losses"):
             drawn = rpn.draw_anchors(self.rpn_settings, anchors, batch.boxes, batch.valid, keys, self.per_device)
-            predicted = self.rpn_head.of_drawn(self._read(pyramid), drawn.index, self.per_device)
-            return rpn.rpn_losses(self.rpn_settings, *predicted, drawn)
+            *predicted, read = self.rpn_head.of_drawn(self._read(pyramid), drawn.index, self.per_device)
+            return *rpn.rpn_losses(self.rpn_settings, *predicted, drawn), pyramid | read
 
     def _read(self, pyramid: dict[int, jax.Array]) -> dict[int, jax.Array]:
         return {level: pyramid[level] for level in self.rpn_settings.levels}
@@ -72,7 +88,8 @@ class RPN(Detector, kw_only=True):
     def losses(self, batch: Batch, key: jax.Array, train: bool = True) -> tuple[Scalars, Scalars]:
         """(losses, statistics) of a batch, scalars; the loss of the detector is the plain sum of the losses."""
         pyramid = self.features(batch.image, batch.size, train)
-        return self.anchor_losses(pyramid, batch, image_keys(key, len(batch.image), 1)[0])
+        losses, statistics, _ = self.anchor_losses(pyramid, batch, image_keys(key, len(batch.image), 1)[0])
+        return losses, statistics
 
     def detect(self, batch: Batch) -> Detections:
         """Proposals in pixels of the resized image, scored by their probability to hold an object."""

@@ -53,7 +53,7 @@ def roi_align(
     cell, so that a cell's value sits at its centre.
     """
     cells, table = map_table(feature, rois.shape[0], scale)
-    return _align_images(cells, rois[None], table, size, sampling_ratio, aligned)[0]
+    return _align_images((cells,), rois[None], table, size, sampling_ratio, aligned)[0]
 
 
 def multilevel_roi_align(
@@ -73,8 +73,12 @@ def multilevel_roi_align(
     levels = sorted(pyramid)
 
     def by_cells(pyramid, rois, level):
-        cells, table = pyramid_table(pyramid, level)
-        return _align_images(cells, rois, table, size, sampling_ratio, aligned)
+        parts, table = pyramid_table(pyramid, level)
+        return _align_images((jnp.concatenate(parts, axis=1),), rois, table, size, sampling_ratio, aligned)
+
+    def by_levels(pyramid, rois, level):  # the gradient of each level is an array of its own from the first
+        parts, table = pyramid_table(pyramid, level)
+        return _align_images(parts, rois, table, size, sampling_ratio, aligned)
 
     def by_products(pyramid, rois, level):
         position = jnp.searchsorted(np.int32(levels), level, method="compare_all")
@@ -84,17 +88,17 @@ def multilevel_roi_align(
     given = pyramid, rois, roi_levels(rois, levels, k0, canonical, eps)
     if sampling_ratio <= 0:
         return by_cells(*given)
-    return by_platform(*given, tpu=by_products, default=by_cells)
+    return by_platform(*given, cpu=by_levels, tpu=by_products, default=by_cells)
 
 
 def _align_images(
-    cells: jax.Array, rois: jax.Array, table: Table, size: int, sampling_ratio: int, aligned: bool
+    parts: tuple[jax.Array, ...], rois: jax.Array, table: Table, size: int, sampling_ratio: int, aligned: bool
 ) -> jax.Array:
-    """cells [b n c], rois [b r 4] in pixels -> [b r size size c]."""
+    """Parts of the table [b n c], rois [b r 4] in pixels -> [b r size size c]."""
     axes = jax.vmap(lambda rois, table: _points(rois, table, size, sampling_ratio, aligned))(rois, table)
     if sampling_ratio > 0:
-        return jax.vmap(lambda cells, axes: _align(cells, axes, size, sampling_ratio))(cells, axes)
-    return _align_adaptive(cells, axes, size)
+        return jax.vmap(lambda parts, axes: _align(parts, axes, size, sampling_ratio))(parts, axes)
+    return _align_adaptive(jnp.concatenate(parts, axis=1), axes, size)
 
 
 class _Axis(NamedTuple):
@@ -144,8 +148,9 @@ def _taps(axes: tuple[_Axis, _Axis], y: int | jax.Array, x: int | jax.Array, siz
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _align(cells: jax.Array, axes: tuple[_Axis, _Axis], size: int, sampling_ratio: int) -> jax.Array:
-    """cells [n c], points of r RoIs -> [r size size c], summed in float32."""
+def _align(parts: tuple[jax.Array, ...], axes: tuple[_Axis, _Axis], size: int, sampling_ratio: int) -> jax.Array:
+    """Parts of the table [n c], points of r RoIs -> [r size size c], summed in float32."""
+    cells = jnp.concatenate(parts)
     out = jnp.zeros((axes[0].start.shape[0], size, size, cells.shape[1]), jnp.float32)
     for y, x in product(range(sampling_ratio), repeat=2):
         out = _add_point(out, cells, axes, y, x)
@@ -158,28 +163,36 @@ def _add_point(out: jax.Array, cells: jax.Array, axes: tuple[_Axis, _Axis], y: A
     return out
 
 
-def _scatter_point(total: jax.Array, gradient: jax.Array, axes: tuple[_Axis, _Axis], y: Any, x: Any) -> jax.Array:
-    """Add what point (y, x) of each bin passes back, gradient [r size size c], to total [n c]."""
+def _scatter_point(
+    totals: tuple[jax.Array, ...], gradient: jax.Array, axes: tuple[_Axis, _Axis], y: Any, x: Any
+) -> tuple[jax.Array, ...]:
+    """Add what point (y, x) of each bin passes back, gradient [r size size c], to totals, each [n c] of a part."""
     index, weight = _taps(axes, y, x, gradient.shape[1])
-    return total.at[index].add(weight[..., None] * gradient, mode="promise_in_bounds")
+    own = weight[..., None] * gradient
+    if len(totals) == 1:
+        return (totals[0].at[index].add(own, mode="promise_in_bounds"),)
+    starts = np.cumsum([0, *(len(total) for total in totals[:-1])], dtype=np.int32)
+    # Unsigned, so that cells of parts before lie beyond the end as well, and are dropped.
+    places = ((index - start).astype(jnp.uint32) for start in starts)
+    return tuple(total.at[place].add(own, mode="drop") for total, place in zip(totals, places, strict=True))
 
 
-def _align_forward(cells, axes, size, sampling_ratio):
-    return _align(cells, axes, size, sampling_ratio), (cells, axes)
+def _align_forward(parts, axes, size, sampling_ratio):
+    return _align(parts, axes, size, sampling_ratio), (parts, axes)
 
 
 def _align_backward(size, sampling_ratio, residual, gradient):
-    cells, axes = residual
+    parts, axes = residual
 
-    def scatter_piece(total, inputs):
+    def scatter_piece(totals, inputs):
         axes, gradient = inputs
         for y, x in product(range(sampling_ratio), repeat=2):
-            total = _scatter_point(total, gradient, axes, y, x)
-        return total, None
+            totals = _scatter_point(totals, gradient, axes, y, x)
+        return totals, None
 
     inputs = jax.tree.map(in_pieces, (axes, gradient.astype(jnp.float32)))  # where no RoI is, no gradient either
-    total, _ = jax.lax.scan(scatter_piece, jnp.zeros(cells.shape, jnp.float32), inputs)
-    return total.astype(cells.dtype), None
+    totals, _ = jax.lax.scan(scatter_piece, tuple(jnp.zeros(x.shape, jnp.float32) for x in parts), inputs)
+    return tuple(total.astype(x.dtype) for total, x in zip(totals, parts, strict=True)), None
 
 
 _align.defvjp(_align_forward, _align_backward)
@@ -222,7 +235,7 @@ def _pieces_backward(size, residual, gradient):
         own = gradient[piece.source]
 
         def scatter(t, total):
-            return _scatter_point(total, own, piece.rois, *piece.point(t))
+            return _scatter_point((total,), own, piece.rois, *piece.point(t))[0]
 
         return jax.lax.fori_loop(0, piece.rounds, scatter, total), None
 

@@ -44,8 +44,8 @@ def multilevel_roi_pool(
 
     rois [b r 4] in pixels; a cell of level l is 2**l pixels wide. The rest as for `roi_pool` and `roi_levels`.
     """
-    cells, table = pyramid_table(pyramid, roi_levels(rois, sorted(pyramid), k0, canonical, eps))
-    return _pool_images(cells, rois, table, size)
+    parts, table = pyramid_table(pyramid, roi_levels(rois, sorted(pyramid), k0, canonical, eps))
+    return _pool_images(jnp.concatenate(parts, axis=1), rois, table, size)
 
 
 def _pool_images(cells: jax.Array, rois: jax.Array, table: Table, size: int) -> jax.Array:

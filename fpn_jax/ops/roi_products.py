@@ -18,6 +18,7 @@ from fpn_jax.ops.roi_points import corner_and_sides, neighbours
 # RoIs worked through at a time. What they read, and what they add to the gradient, then stays on a v5e's chip: 25 and
 # 51 MB of its 128 at 256 channels and 784 taps.
 PIECE = 64
+_SUBLANES = 8  # rows of a tile of float32
 
 
 class Sampling(NamedTuple):
@@ -60,8 +61,11 @@ def _align(maps: tuple[jax.Array, ...], rois: jax.Array, position: jax.Array, sa
         cells, weights = _taps(shapes, index, source, rois, sampling)
         read = [lambda at, x=x: x.at[at].get(mode="promise_in_bounds") for x in rows]
         values = jax.lax.switch(index, read, cells.reshape(-1)).reshape(*cells.shape, c)
-        matrices = (_matrix([part], sampling.size) for part in _parts(weights, dtype))
-        out = sum(_product("pot,ptc->poc", matrix, values) for matrix in matrices)
+        parts, bins = _parts(weights, dtype), sampling.size**2
+        apart = -(-bins // _SUBLANES) * _SUBLANES
+        # One product reads the values once. The sum of its parts is cheap if they begin with whole tiles.
+        out = _product("pot,ptc->poc", _matrix(parts, sampling.size, apart), values)
+        out = sum(out[:, i * apart : i * apart + bins] for i in range(len(parts)))
         return None, out.astype(dtype).reshape(len(source), -1)
 
     index = (jnp.arange(len(pieces.source))[:, None] >= pieces.ends[:-1]).sum(1, dtype=jnp.int32)
@@ -85,7 +89,7 @@ def _align_backward(sampling, residual, gradient):
         cells, weights = _taps(shapes, index, source, rois, sampling)
         parts = _parts(weights * there[:, None], dtype)
         own = jnp.concatenate([gradient[source].reshape(len(source), -1, c)] * len(parts), 1)
-        added = _product("pot,poc->ptc", _matrix(parts, sampling.size), own).reshape(-1, c)
+        added = _product("pot,poc->ptc", _matrix(parts, sampling.size, sampling.size**2), own).reshape(-1, c)
         rows = total.reshape(-1, c).at[cells.reshape(-1)].add(added, mode="promise_in_bounds")
         return rows.reshape(total.shape)
 
@@ -153,12 +157,15 @@ def _parts(weights: jax.Array, dtype: jnp.dtype) -> list[jax.Array]:
     return [rounded] if dtype == jnp.float32 else [rounded, (weights - rounded.astype(jnp.float32)).astype(dtype)]
 
 
-def _matrix(parts: Sequence[jax.Array], size: int) -> jax.Array:
-    """Parts of the weights, each [p taps] -> [p parts*bins taps], which are 0 but for the taps of the row's bin."""
+def _matrix(parts: Sequence[jax.Array], size: int, apart: int) -> jax.Array:
+    """Parts of the weights, each [p taps] -> [p parts*apart taps], which are 0 but for the taps of the row's bin.
+
+    apart: rows from one part to the next, at least size * size, of which each part uses the first.
+    """
     bins, taps = size**2, parts[0].shape[1]
     matrix = jnp.zeros((), parts[0].dtype)
     for i, part in enumerate(parts):
-        own = i * bins + np.arange(taps) // (taps // bins) == np.arange(len(parts) * bins)[:, None]
+        own = i * apart + np.arange(taps) // (taps // bins) == np.arange(len(parts) * apart)[:, None]
         matrix = jnp.where(own, part[:, None], matrix)
     return matrix
 

@@ -30,16 +30,17 @@ def map_table(feature: jax.Array, r: int, scale: float) -> tuple[jax.Array, Tabl
     return jnp.asarray(feature).reshape(1, h * w, c), table
 
 
-def pyramid_table(pyramid: Mapping[int, jax.Array], level: jax.Array) -> tuple[jax.Array, Table]:
-    """(cells [b n c], where each RoI finds its own [b r]) of a pyramid {l: [b h w c]} and each RoI's level int32 [b r].
+def pyramid_table(pyramid: Mapping[int, jax.Array], level: jax.Array) -> tuple[tuple[jax.Array, ...], Table]:
+    """(cells, where each RoI finds its own [b r]) of a pyramid {l: [b h w c]} and each RoI's level int32 [b r].
 
-    With all levels in one table a RoI costs the same whatever their number. A cell of level l is 2**l pixels wide.
+    With all levels in one table a RoI costs the same whatever their number. The cells are the parts of the table, one
+    [b h*w c] for each level, which follow each other. A cell of level l is 2**l pixels wide.
     """
     levels = sorted(pyramid)
     heights, widths = (np.int32([pyramid[x].shape[axis] for x in levels]) for axis in (1, 2))
     starts = np.cumsum(heights * widths, dtype=np.int32) - heights * widths
     scales = np.float32([2.0**-x for x in levels])
-    cells = jnp.concatenate([x.reshape(x.shape[0], -1, x.shape[-1]) for x in map(pyramid.get, levels)], axis=1)
+    cells = tuple(x.reshape(x.shape[0], -1, x.shape[-1]) for x in map(pyramid.get, levels))
     position = jnp.searchsorted(np.int32(levels), level, method="compare_all")
     return cells, Table(*(jnp.asarray(x)[position] for x in (starts, heights, widths, scales)))
 

@@ -16,6 +16,7 @@ from fpn_jax.models.layers import (
     max_of_windows,
     max_pool,
     normalize_pixels,
+    plus_by_product,
     repeat_by_index,
     repeat_by_products,
     space_to_depth_conv,
@@ -177,10 +178,40 @@ def test_an_affine_map_takes_the_bias_along(groups, pad):
 @pytest.mark.parametrize(("platform", "product"), [("cpu", True), ("tpu", True), ("cuda", False)])
 def test_gpus_get_no_product_with_a_strided_slice(platform, product):
     """XLA aborts the process when it fuses them: `benchmarks/LOG.md`, "Compiled for an H100"."""
-    x, layer = jnp.zeros((1, 8, 8, 3)), Conv(4, 1, stride=2)
+    x, layer = jnp.zeros((1, 8, 8, 72)), Conv(80, 1, stride=2)
     variables = layer.init(jax.random.key(0), x)
     text = jax.jit(layer.apply).trace(variables, x).lower(lowering_platforms=(platform,)).as_text()
     assert ("dot_general" in text, "stablehlo.convolution" in text) == (product, not product)
+
+
+@pytest.mark.parametrize(("channels", "features", "product"), [(64, 256, False), (256, 64, False), (65, 128, True)])
+def test_tpus_get_products_of_many_channels_alone(channels, features, product):
+    """Around the product of few channels the compiler copies the map into another layout and back."""
+    x, layer = jnp.zeros((1, 8, 8, channels)), Conv(features, 1)
+    text = jax.jit(layer.init_with_output).trace(jax.random.key(0), x).lower(lowering_platforms=("tpu",)).as_text()
+    assert ("dot_general" in text, "stablehlo.convolution" in text) == (product, not product)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((2, 5, 7, 3), "float32"), ((9, 3), "float32"), ((2, 5, 7, 3), "bfloat16")]
+)
+def test_the_bias_gradient_by_products_is_the_sum(shape, dtype):
+    """To the bit, of whole numbers, which bfloat16 has as well."""
+    rng = np.random.default_rng(0)
+    y, bias, gradient = (jnp.asarray(rng.integers(-8, 9, size), dtype) for size in (shape, shape[-1:], shape))
+    found, pull = jax.vjp(plus_by_product, y, bias)
+    expected, back = jax.vjp(jnp.add, y, bias)
+    for one, other in zip((found, *pull(gradient)), (expected, *back(gradient)), strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(("platform", "product"), [("cpu", False), ("cuda", False), ("tpu", True)])
+def test_tpus_sum_the_biass_gradient_by_a_product(platform, product):
+    x, layer = jnp.zeros((2, 8, 8, 4)), Conv(4, 3)
+    gradient = jax.jit(jax.grad(lambda v, x: layer.apply(v, x).sum()))
+    text = gradient.trace(layer.init(jax.random.key(0), x), x).lower(lowering_platforms=(platform,)).as_text()
+    assert ("dot_general" in text) == product
 
 
 @pytest.mark.parametrize("pool", [max_pool, max_of_windows])

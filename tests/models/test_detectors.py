@@ -209,6 +209,21 @@ def test_no_gradient_goes_through_a_frozen_backbone_nor_a_frozen_neck_on_top(con
     assert reached == [{"neck"}, {"backbone", "neck"}, set()]
 
 
+def test_anchors_are_predicted_without_a_gradient_as_with_one(config, make_batch):
+    """The same numbers; neither the head's weights nor the pyramid get anything back."""
+    detector, batch = build(config, "faster_rcnn"), make_batch(1)
+    variables = lively(init_variables(detector, (64, 64), 0))
+    pyramid = detector.apply(variables, batch.image, batch.size, method="features")
+
+    def predicted(method, params, pyramid):
+        return detector.apply(variables | {"params": params}, pyramid, (64, 64), method=method)[:2]
+
+    expected = predicted("predict_anchors", variables["params"], pyramid)
+    found, pull = jax.vjp(lambda *x: predicted("predict_without_gradient", *x), variables["params"], pyramid)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert not any(map(np.any, jax.tree.leaves(pull(found))))
+
+
 @pytest.mark.parametrize("parts", [("backbone", "box_head"), ("neck", "rpn_head")])
 def test_frozen_parts_keep_their_weights_and_statistics_in_training(config, make_batch, parts):
     config.model.backbone.norm = config.model.neck.norm = "bn"

@@ -101,7 +101,10 @@ def test_rpn_losses_by_hand():
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("convs", [1, 2, 3])
 def test_drawn_anchors_get_what_the_whole_pyramid_gets(convs, shared):
-    """Logits, deltas and all gradients; also at the border, where later convolutions read zeros, and on a 1x1 map."""
+    """Logits, deltas and all gradients; also at the border, where later convolutions read zeros, and on a 1x1 map.
+
+    The pyramid that is passed on is the given one, and what reads it adds its gradient.
+    """
     rng, per_cell = np.random.default_rng(convs), 3
     grids = {2: (6, 7), 3: (3, 4), 6: (1, 1)}
     pyramid = {level: rng.normal(size=(2, *grid, 5)).astype(np.float32) for level, grid in grids.items()}
@@ -117,12 +120,16 @@ def test_drawn_anchors_get_what_the_whole_pyramid_gets(convs, shared):
 
     def of_all(variables, pyramid):
         found = (jnp.concatenate(list(x.values()), 1) for x in head.apply(variables, pyramid))
-        return tuple(x[np.arange(2)[:, None], index] for x in found)
+        return *(x[np.arange(2)[:, None], index] for x in found), pyramid
+
+    later = {level: rng.normal(size=x.shape).astype(np.float32) for level, x in pyramid.items()}
 
     def both(of):
         def loss(variables, pyramid):
-            logits, deltas = of(variables, pyramid)
-            return (jnp.concatenate([logits[..., None], deltas], -1) * weights).sum(), (logits, deltas)
+            logits, deltas, read_next = of(variables, pyramid)
+            assert (of is of_all) == all(read_next[x] is pyramid[x] for x in pyramid)
+            total = (jnp.concatenate([logits[..., None], deltas], -1) * weights).sum()
+            return total + sum((read_next[x] * later[x]).sum() for x in later), (logits, deltas, read_next)
 
         return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(variables, pyramid)
 

@@ -35,7 +35,8 @@ def slow(pyramid, cells, radius):
 
 @pytest.mark.parametrize("radius", [0, 1, 2])
 def test_patches_are_those_of_a_loop_over_cells(given, radius):
-    found = jax.jit(take_patches, static_argnums=2)(*given, radius)
+    found, maps = jax.jit(take_patches, static_argnums=2)(*given, radius)
+    jax.tree.map(np.testing.assert_array_equal, maps, given[0])
     for got, expected in zip(found, slow(*given, radius), strict=True):
         np.testing.assert_array_equal(got, expected)
 
@@ -47,7 +48,7 @@ def test_the_gradient_adds_up_where_patches_overlap(given, order):
     weights = np.random.default_rng(1).normal(size=(IMAGES, COUNT, 3, 3, CHANNELS)).astype(np.float32)
 
     def total(pyramid):
-        return (patches._take(pyramid, cells, 1, order).values * weights).sum()
+        return (patches._take(pyramid, cells, 1, order)[0].values * weights).sum()
 
     value, gradients = jax.jit(jax.value_and_grad(total))(pyramid)
     assert value == pytest.approx((slow(pyramid, cells, 1)[0] * weights).sum(), rel=1e-4)
@@ -61,11 +62,30 @@ def test_the_gradient_adds_up_where_patches_overlap(given, order):
         np.testing.assert_allclose(gradient, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 2, 0)])
+def test_gradients_of_the_maps_that_are_passed_on_come_on_top(given, order):
+    """As if the maps themselves had been read: the sum of both gradients."""
+    pyramid, cells = given
+    rng = np.random.default_rng(2)
+    weights = rng.normal(size=(IMAGES, COUNT, 3, 3, CHANNELS)).astype(np.float32)
+    of_maps = {level: rng.normal(size=x.shape).astype(np.float32) for level, x in pyramid.items()}
+
+    def total(pyramid, passed_on):
+        found, maps = patches._take(pyramid, cells, 1, order)
+        later = maps if passed_on else pyramid
+        return (found.values * weights).sum() + sum((later[x] * of_maps[x]).sum() for x in pyramid)
+
+    both, alone = (jax.jit(jax.grad(total), static_argnums=1)(pyramid, passed_on) for passed_on in (True, False))
+    for level, gradient in both.items():
+        assert np.abs(gradient - of_maps[level]).max() > 0.1
+        np.testing.assert_allclose(gradient, alone[level], atol=1e-5)
+
+
 def test_what_lies_at_other_levels_does_not_get_in(given):
     """Neither its NaNs nor, going back, a gradient."""
     pyramid, cells = given
     one = Cells(np.zeros((IMAGES, 1), np.int32), cells.row[:, :1] * 0, cells.column[:, :1] * 0)
     poisoned = pyramid | {6: np.full_like(pyramid[6], np.nan)}
-    values, pull = jax.vjp(lambda maps: take_patches(maps, one, 1).values, poisoned)
+    values, pull = jax.vjp(lambda maps: take_patches(maps, one, 1)[0].values, poisoned)
     assert np.isfinite(values).all()
     np.testing.assert_array_equal(pull(jnp.ones_like(values))[0][6], 0)

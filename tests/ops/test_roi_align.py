@@ -1,5 +1,6 @@
 """RoIAlign against loops over single points in float64, against torchvision, and its gradient against both."""
 
+import re
 from functools import partial
 
 import jax
@@ -248,3 +249,13 @@ def test_golden_pyramid(data_dir):
     got = jax.jit(multilevel_roi_align)(pyramid, padded)
     got = np.concatenate([x[:n] for x, n in zip(got, counts, strict=True)]).transpose(0, 3, 1, 2)
     np.testing.assert_allclose(got, golden["multiscale/out_7x7"], atol=5e-5)
+
+
+@pytest.mark.parametrize(("platform", "arrays"), [("cpu", {"30x3", "12x3"}), ("cuda", {"42x3"})])
+def test_on_a_cpu_each_level_has_an_array_of_its_own_for_the_gradient(platform, arrays):
+    """On GPUs they share one: four scatters in place of one are as many kernels to start."""
+    pyramid, rois = {2: jnp.zeros((1, 5, 6, 3)), 3: jnp.zeros((1, 3, 4, 3))}, jnp.zeros((1, 4, 4))
+    gradient = jax.jit(jax.grad(lambda pyramid: multilevel_roi_align(pyramid, rois).sum()))
+    text = gradient.trace(pyramid).lower(lowering_platforms=(platform,)).as_text()
+    scattered = re.findall(r"stablehlo.scatter.*?\}\) : \(tensor<1x(\d+x\d+)xf32>", text, re.DOTALL)
+    assert set(scattered) == arrays

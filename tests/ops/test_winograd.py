@@ -14,8 +14,12 @@ def direct(x, kernel):
     )
 
 
-@pytest.mark.parametrize("shape", [(0, 6, 8, 5), (2, 6, 8, 5), (1, 5, 7, 3), (3, 1, 4, 2), (1, 1, 1, 4), (1, 2, 9, 1)])
+SHAPES = [(0, 6, 8, 5), (2, 6, 8, 5), (1, 5, 7, 3), (3, 1, 4, 2), (1, 1, 1, 4), (1, 2, 9, 1), (2, 45, 6, 3)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_values_and_gradients(shape):
+    """The last in three strips."""
     rng = np.random.default_rng(sum(shape))
     x, kernel = rng.normal(size=shape).astype(np.float32), rng.normal(size=(3, 3, shape[-1], 6)).astype(np.float32)
     expected, back = jax.vjp(direct, x, kernel)
@@ -38,6 +42,20 @@ def test_whole_numbers_are_exact():
         np.testing.assert_array_equal(*f)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_bias_is_added_and_gets_its_gradient(shape):
+    """To the bit, of whole numbers."""
+    rng = np.random.default_rng(sum(shape))
+    x, kernel, bias, gradient = (
+        rng.integers(-4, 5, size).astype(np.float32) for size in (shape, (3, 3, shape[-1], 6), (6,), (*shape[:-1], 6))
+    )
+    expected, back = jax.vjp(lambda *x: direct(*x[:2]) + x[2], x, kernel, bias)
+    found, our_back = jax.vjp(conv3x3, x, kernel, bias)
+    np.testing.assert_array_equal(found, expected)
+    for one, other in zip(our_back(gradient), back(gradient), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_nothing_is_kept_for_the_backward_pass_but_the_inputs():
     x, kernel = jnp.ones((1, 8, 8, 4)), jnp.ones((3, 3, 4, 4))
     _, back = jax.vjp(conv3x3, x, kernel)
@@ -55,6 +73,8 @@ def test_large_convolutions_take_it_on_a_cpu(monkeypatch):
     expected, lowered = layer.apply(variables, x), jax.jit(layer.apply).lower(variables, x).as_text()
     monkeypatch.setattr(layers, "_WINOGRAD_FROM", 0)
     np.testing.assert_allclose(layer.apply(variables, x), expected, atol=1e-5)
+    biased = {"params": variables["params"] | {"bias": jnp.arange(6.0)}}
+    np.testing.assert_allclose(layer.apply(biased, x), expected + jnp.arange(6.0), atol=1e-5)
     text = jax.jit(lambda v, x: layer.apply(v, x)).lower(variables, x).as_text()
     assert "stablehlo.convolution" in lowered
     assert "stablehlo.convolution" not in text

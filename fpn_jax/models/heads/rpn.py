@@ -97,23 +97,26 @@ class RPNHead(nn.Module):
 
     def of_drawn(
         self, pyramid: Mapping[int, jax.Array], index: jax.Array, per_device: PerDevice = together
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, jax.Array, dict[int, jax.Array]]:
         """Logits [b n] and deltas [b n 4], float32, of the anchors `index` [b n], which counts through all levels.
 
         What `__call__` gives for them, computed for their cells alone, and so is the gradient. Of a loss over 256
-        anchors of an image the gradient is zero at all but 256 of its 90 000 cells.
+        anchors of an image the gradient is zero at all but 256 of its 90 000 cells. The third is the pyramid, for
+        whoever reads it next, see `take_patches`.
         """
         cells, anchor = cells_of_anchors([x.shape[1:3] for x in pyramid.values()], self.anchors, index)
         take = per_device(functools.partial(take_patches, radius=self.convs))
         per_level = self._layers(pyramid)
         if self.shared:
-            found = _of_patches(per_level[0], take(dict(pyramid), cells))
+            patches, pyramid = take(dict(pyramid), cells)
+            found = _of_patches(per_level[0], patches)
         else:  # levels may differ in their channels
-            ours = (
+            ours = [
                 take({level: x}, cells._replace(position=cells.position - i))
                 for i, (level, x) in enumerate(pyramid.items())
-            )
-            of_each = [_of_patches(layers, patches) for layers, patches in zip(per_level, ours, strict=True)]
+            ]
+            of_each = [_of_patches(layers, patches) for layers, (patches, _) in zip(per_level, ours, strict=True)]
+            pyramid = {level: x for _, own in ours for level, x in own.items()}
             found = (
                 jax.lax.select_n(jnp.broadcast_to(cells.position[..., None], x[0].shape), *x)
                 for x in zip(*of_each, strict=True)
@@ -121,7 +124,7 @@ class RPNHead(nn.Module):
         own = jnp.arange(self.anchors) == anchor[..., None]
         of_cells = (x.reshape(*own.shape, -1).astype(jnp.float32) for x in found)
         logits, deltas = (jnp.where(own[..., None], x, 0).sum(2) for x in of_cells)
-        return logits[..., 0], deltas
+        return logits[..., 0], deltas, pyramid
 
     @nn.compact
     def _layers(self, pyramid: Mapping[int, jax.Array]) -> list["_Layers"]:
