@@ -76,6 +76,7 @@ class Conv(nn.Module):
     no map is multiplied by it, neither forward nor backward.
     With pad=False, for stride 1 and one group, nothing is put around x, and [b h-kernel+1 w-kernel+1 features] comes
     out: one product, right for many small x.
+    rectify: whether a `relu` follows, of which some forms then are a part.
     """
 
     features: int
@@ -87,7 +88,13 @@ class Conv(nn.Module):
     groups: int = 1  # each reads its own part of the channels; as many as channels make it depthwise
 
     @nn.compact
-    def __call__(self, x: jax.Array, pad: bool = True, affine: tuple[jax.Array, jax.Array] | None = None) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        pad: bool = True,
+        affine: tuple[jax.Array, jax.Array] | None = None,
+        rectify: bool = False,
+    ) -> jax.Array:
         shape = (self.kernel, self.kernel, x.shape[-1] // self.groups, self.features)
         kernel = self.param("kernel", self.kernel_init, shape)
         kernel = (kernel if affine is None else kernel * affine[0]).astype(self.dtype)
@@ -97,17 +104,19 @@ class Conv(nn.Module):
             bias = affine[1] if bias is None else bias * affine[0] + affine[1]
         bias = None if bias is None else bias.astype(self.dtype)
         if pad:
-            return self._convolve(x, kernel, bias)
-        return _plus(windows(x, self.kernel) @ kernel.reshape(-1, self.features), bias)
+            return self._convolve(x, kernel, bias, rectify)
+        y = _plus(windows(x, self.kernel) @ kernel.reshape(-1, self.features), bias)
+        return relu(y) if rectify else y
 
-    def _convolve(self, x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
+    def _convolve(self, x: jax.Array, kernel: jax.Array, bias: jax.Array | None, rectify: bool) -> jax.Array:
         def plain(x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
-            return _plus(self._without_bias(x, kernel), bias)
+            y = _plus(self._without_bias(x, kernel), bias)
+            return relu(y) if rectify else y
 
         products = x.shape[1] * x.shape[2] * x.shape[3] * self.features
         if products < _WINOGRAD_FROM or (self.kernel, self.stride, self.groups) != (3, 1, 1) or x.dtype != jnp.float32:
             return plain(x, kernel, bias)
-        return by_platform(x, kernel, bias, cpu=conv3x3, default=plain)
+        return by_platform(x, kernel, bias, cpu=functools.partial(conv3x3, rectify=rectify), default=plain)
 
     def _without_bias(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         pad = self.kernel // 2

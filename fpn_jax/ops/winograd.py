@@ -6,6 +6,7 @@ XLA's own convolution leaves that undone, and its weight gradient of a large map
 The transformed tiles take four times the memory of the map, so a map is worked through in strips of rows.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -19,22 +20,23 @@ _STRIP = 10
 Grid = list[list[jax.Array]]  # 4 x 4 entries of tiles, or 2 x 2
 
 
-def conv3x3(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+def conv3x3(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None, rectify: bool = False) -> jax.Array:
     """Convolution of x [b h w c] with kernel [3 3 c c'], stride 1 and a zero on every side, plus bias [c'].
 
-    -> [b h w c'], as exact as the direct sum to within a few units in the last place of the largest terms.
+    -> [b h w c'], as exact as the direct sum to within a few units in the last place of the largest terms. With rectify
+    no less than 0: a ReLU in the strips, where one behind them would need a second map.
     """
-    return _conv3x3(x, kernel, bias)
+    return _conv3x3(x, kernel, bias, rectify)
 
 
 # Jitted to be traced once for all layers of the same shapes.
-@jax.custom_vjp
-@jax.jit
-def _conv3x3(x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
-    return _in_strips(x, kernel, bias, kernel[0, 0, 0, :1])
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+@functools.partial(jax.jit, static_argnums=3)
+def _conv3x3(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, rectify: bool) -> jax.Array:
+    return _in_strips(x, kernel, bias, rectify, kernel[0, 0, 0, :1])
 
 
-def _in_strips(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, fill: jax.Array) -> jax.Array:
+def _in_strips(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, rectify: bool, fill: jax.Array) -> jax.Array:
     """As `conv3x3`, begun once there is `fill` [1], any value."""
     b, h, w, c = x.shape
     strips, rows, columns = _strips(h, w)
@@ -49,23 +51,28 @@ def _in_strips(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, fill: ja
         shape = b, rows, columns, y.shape[-1]
         mine = jnp.stack([jnp.stack([part.reshape(shape) for part in row], 3) for row in outputs], 2)
         mine = mine.reshape(b, 2 * rows, 2 * columns, y.shape[-1])
-        return jax.lax.dynamic_update_slice_in_dim(y, mine if bias is None else mine + bias, 2 * rows * i, 1)
+        mine = mine if bias is None else mine + bias
+        return jax.lax.dynamic_update_slice_in_dim(y, jnp.maximum(mine, 0) if rectify else mine, 2 * rows * i, 1)
 
     # All of it is written over. Zeros would be a constant, which XLA keeps in memory from the first loop to the last.
     y = jnp.broadcast_to(fill, (b, 2 * strips * rows, 2 * columns, kernel.shape[-1]))
     return jax.lax.fori_loop(0, strips, add_strip, y)[:, :h, :w]
 
 
-def _forward(x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, tuple[Any, ...]]:
-    return _conv3x3(x, kernel, bias), (x, kernel, bias)
+def _forward(
+    x: jax.Array, kernel: jax.Array, bias: jax.Array | None, rectify: bool
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    y = _conv3x3(x, kernel, bias, rectify)
+    return y, (x, kernel, bias, y if rectify else None)
 
 
-@jax.jit
-def _backward(residual: tuple[Any, ...], gradient: jax.Array) -> tuple[Any, ...]:
-    x, kernel, bias = residual
+@functools.partial(jax.jit, static_argnums=0)
+def _backward(rectify: bool, residual: tuple[Any, ...], gradient: jax.Array) -> tuple[Any, ...]:
+    x, kernel, bias, y = residual
+    gradient = jnp.where(y > 0, gradient, 0) if rectify else gradient
     of_kernel, of_bias = _parameter_gradients(x, gradient)
     # In this order, which XLA would not keep by itself: x need not be there any more while its gradient is made.
-    of_x = _in_strips(gradient, kernel[::-1, ::-1].swapaxes(2, 3), None, of_bias[:1])
+    of_x = _in_strips(gradient, kernel[::-1, ::-1].swapaxes(2, 3), None, False, of_bias[:1])
     return of_x, of_kernel, None if bias is None else of_bias
 
 

@@ -56,6 +56,20 @@ def test_the_bias_is_added_and_gets_its_gradient(shape):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_relu_in_the_strips_is_one_behind_them(shape):
+    """To the bit, of whole numbers; no gradient at 0."""
+    rng = np.random.default_rng(sum(shape))
+    x, kernel, bias, gradient = (
+        rng.integers(-1, 2, size).astype(np.float32) for size in (shape, (3, 3, shape[-1], 6), (6,), (*shape[:-1], 6))
+    )
+    expected, back = jax.vjp(lambda *x: jax.nn.relu(conv3x3(*x)), x, kernel, bias)
+    found, our_back = jax.vjp(lambda *x: conv3x3(*x, rectify=True), x, kernel, bias)
+    np.testing.assert_array_equal(found, expected)
+    for one, other in zip(our_back(gradient), back(gradient), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_nothing_is_kept_for_the_backward_pass_but_the_inputs():
     x, kernel = jnp.ones((1, 8, 8, 4)), jnp.ones((3, 3, 4, 4))
     _, back = jax.vjp(conv3x3, x, kernel)
@@ -73,8 +87,10 @@ def test_large_convolutions_take_it_on_a_cpu(monkeypatch):
     expected, lowered = layer.apply(variables, x), jax.jit(layer.apply).lower(variables, x).as_text()
     monkeypatch.setattr(layers, "_WINOGRAD_FROM", 0)
     np.testing.assert_allclose(layer.apply(variables, x), expected, atol=1e-5)
-    biased = {"params": variables["params"] | {"bias": jnp.arange(6.0)}}
-    np.testing.assert_allclose(layer.apply(biased, x), expected + jnp.arange(6.0), atol=1e-5)
+    biased = {"params": variables["params"] | {"bias": jnp.arange(6.0) - 3}}
+    expected += jnp.arange(6.0) - 3
+    np.testing.assert_allclose(layer.apply(biased, x), expected, atol=1e-5)
+    np.testing.assert_allclose(layer.apply(biased, x, rectify=True), jnp.maximum(expected, 0), atol=1e-5)
     text = jax.jit(lambda v, x: layer.apply(v, x)).lower(variables, x).as_text()
     assert "stablehlo.convolution" in lowered
     assert "stablehlo.convolution" not in text

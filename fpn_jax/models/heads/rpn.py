@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fpn_jax.models.layers import Affine, Conv, affine_maps, relu
+from fpn_jax.models.layers import Affine, Conv, affine_maps
 from fpn_jax.ops import anchors as anchor_ops
 from fpn_jax.ops import boxes as box_ops
 from fpn_jax.ops.losses import sigmoid_bce, smooth_l1
@@ -89,7 +89,7 @@ class RPNHead(nn.Module):
         all_logits, all_deltas = {}, {}
         for (level, x), layers in zip(pyramid.items(), self._layers(pyramid), strict=True):
             for conv in layers.convs:
-                x = relu(conv(x))
+                x = conv(x, rectify=True)
             logits, deltas = affine_maps(x, layers.objectness, layers.deltas)
             all_logits[level] = logits.reshape(x.shape[0], -1)
             all_deltas[level] = deltas.reshape(x.shape[0], -1, 4)
@@ -157,7 +157,7 @@ def _of_patches(layers: _Layers, patches: Patches) -> tuple[jax.Array, jax.Array
     for conv in layers.convs:
         inside = inside[:, 1:-1, 1:-1]
         # Beyond the map the next convolution reads zeros, not what this one would make of them.
-        x = jnp.where(inside[..., None], relu(conv(x, pad=False)), 0)
+        x = jnp.where(inside[..., None], conv(x, pad=False, rectify=True), 0)
     return affine_maps(x.reshape(b, n, -1), layers.objectness, layers.deltas)
 
 
