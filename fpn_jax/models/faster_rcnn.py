@@ -27,7 +27,8 @@ class FasterRCNN(RPN, FastRCNN, kw_only=True):
         """
         pyramid = self.features(batch.image, batch.size, train)
         keys = image_keys(key, len(batch.image), 2)
-        predicted = self.predict_without_gradient(pyramid, batch.image.shape[1:3])  # the losses take theirs elsewhere
+        # The RPN learns from the anchors that are drawn below: what is predicted of all is for the proposals alone.
+        predicted = self.predict_without_gradient(pyramid, batch.image.shape[1:3])
         proposals = self.propose(*predicted, batch.size, True)
         rpn_losses, rpn_statistics, pyramid = self.anchor_losses(pyramid, batch, keys[0])
         box_losses, box_statistics = self.roi_losses(pyramid, proposals.boxes, proposals.valid, batch, keys[1], train)

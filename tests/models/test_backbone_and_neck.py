@@ -206,6 +206,15 @@ def test_the_bias_gradient_by_products_is_the_sum(shape, dtype):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.parametrize("pad", [True, False])
+def test_a_rectified_convolution_is_one_with_a_relu_behind_it(pad):
+    x, layer = np.random.default_rng(0).normal(size=(2, 6, 7, 4)).astype(np.float32), Conv(5)
+    variables = layer.init(jax.random.key(0), x)
+    expected = layer.apply(variables, x, pad)
+    assert (expected < 0).any()
+    np.testing.assert_array_equal(layer.apply(variables, x, pad, rectify=True), np.maximum(expected, 0))
+
+
 @pytest.mark.parametrize(("platform", "product"), [("cpu", False), ("cuda", False), ("tpu", True)])
 def test_tpus_sum_the_biass_gradient_by_a_product(platform, product):
     x, layer = jnp.zeros((2, 8, 8, 4)), Conv(4, 3)
