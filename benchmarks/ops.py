@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
     size = {"height": height, "width": width, "channels": channels, "sizes": sizes}
     every, lines = {OURS: sides.ours("operations", size)}, []
     if record.have("torch", "torchvision"):
-        every[THEIRS] = Side("benchmarks.theirs:operations", size)
+        every[THEIRS] = Side("benchmarks.theirs:operations", size, sides.WITHOUT_DEVICE)
     with timing.started(every) as running:
         facts = running[OURS].facts
         for name, count in sizes.items():

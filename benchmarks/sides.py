@@ -20,6 +20,8 @@ COMPILED = ON_GPU + ", compiled"
 CHECKED = 1000  # seed of the inputs that are compared; the repetitions' are 0, 1, ...
 # Both sides share one GPU, most of which XLA would take beforehand.
 _SHARED_DEVICE = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+# torchvision's have JAX make inputs at most, which is not to take the GPU from them.
+WITHOUT_DEVICE = {"JAX_PLATFORMS": "cpu"}
 # How torchvision is run: (options, environment) of a side.
 _WAYS: dict[str, tuple[dict[str, Any], Mapping[str, str]]] = {
     THEIRS: ({"channels_last": False}, {}),
@@ -34,7 +36,7 @@ class Measured(NamedTuple):
 
     lines: list[dict[str, Any]]
     times: dict[str, list[timing.Times]]  # of every side
-    memory: dict[str, int]  # bytes, of every side that was asked
+    memory: dict[str, list[int]]  # bytes, of every side that was asked
     facts: Mapping[str, Any]  # of ours
     notes: list[str]
 
@@ -59,7 +61,7 @@ def ours(function: str, options: Mapping[str, Any], environment: Mapping[str, st
 def theirs(function: str, options: Mapping[str, Any], way: str) -> Side:
     """The side that `benchmarks.theirs` makes, run in one of its ways."""
     how, environment = _WAYS[way]
-    return Side(f"benchmarks.theirs:{function}", {**options, **how}, environment)
+    return Side(f"benchmarks.theirs:{function}", {**options, **how}, WITHOUT_DEVICE | dict(environment))
 
 
 def measure(
@@ -72,13 +74,15 @@ def measure(
     targets: Mapping[str, float],
     repeats: int,
     counts: str = "",
+    memory_repeats: int = 0,
 ) -> Measured:
     """Compare the detector of size count x height x width on all sides that there are.
 
     kind: "training" or "inference"; program: what is timed; exact: what `check(ours, theirs)` compares before, which
     raises if the results differ. targets: how many times as fast as each of torchvision's ways ours is to be; none
     without torchvision. With "tuned allocator" among them ours is also run so, against the same of theirs.
-    counts: a program of ours whose outputs are facts, too; memory is measured where it has not run.
+    counts: a program of ours whose outputs are facts, too. memory_repeats: how often memory is measured, each time in
+    new processes, which have compared and counted nothing.
     """
     every = {OURS: ours(kind, {**size, "dtype": dtype})}
     if THEIRS + TUNED in targets:
@@ -93,10 +97,11 @@ def measure(
         facts, names = dict(running[OURS].facts), [name for name in running if TUNED not in name]
         if counts:
             facts |= {name: x.item() for name, x in running[OURS].outputs(counts, CHECKED).items()}
-    memory = {}
-    for name in names:  # in new processes: the comparison in float32 would count
-        with timing.started({name: every[name]}) as alone:
-            memory[name] = alone[name].peak_memory(program, CHECKED)
+    memory: dict[str, list[int]] = {}
+    for _ in range(memory_repeats):
+        for name in names:
+            with timing.started({name: every[name]}) as alone:
+                memory.setdefault(name, []).append(alone[name].peak_memory(program, CHECKED))
     rates = {name: timing.rates(size["count"], [x.wall for x in values]) for name, values in times.items()}
     lines = [
         record.faster(what, "images/s", rates[OURS], rates[way], way, target)

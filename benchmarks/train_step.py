@@ -9,7 +9,7 @@ losses of both must agree, in float32 and with the first candidates as samples. 
 already: what the input pipeline costs is `benchmarks.input_pipeline`.
 
 Memory is the most that a step after warming up takes: of a GPU what the framework has allocated, on a CPU what the
-process has beyond its libraries.
+process has beyond its libraries; the median of three processes of each side.
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,12 +42,13 @@ def main(argv: Sequence[str]) -> None:
     lines, notes = [], [] if targets else [record.HOW_TO_GET_TORCHVISION]
     for count in (1,) if sides.QUICK.value else COUNTS.get(platform, (8,)):
         size = {"count": count, "height": height, "width": width}
-        found = sides.measure("training", "step", "losses", check, size, dtype, targets, sides.repeats(5), "work")
+        repeats, memory = sides.repeats(5), 1 if sides.QUICK.value else 3
+        found = sides.measure("training", "step", "losses", check, size, dtype, targets, repeats, "work", memory)
         what, facts = f"{count} x {height}x{width}, {dtype}", found.facts
         shares = [100 * facts["tflop"] / x.wall / facts["peak_tflop_per_s"] for x in found.times[OURS]]
         target = None if platform == "cpu" else MFU_TARGET
         lines += [*found.lines, record.alone(f"{what}: of the peak FLOP/s", "%", timing.summary(shares), target)]
-        memory = {name: timing.summary([value / 2**30]) for name, value in found.memory.items()}
+        memory = {name: timing.summary([x / 2**30 for x in values]) for name, values in found.memory.items()}
         peer = next((way for way in targets if way in memory), "")
         row = f"{what}: peak memory", "GiB", memory[OURS], memory.get(peer), peer
         lines.append(record.smaller(*row, MEMORY_TARGET))

@@ -93,7 +93,7 @@ def training(detector: FasterRCNN) -> Callable[..., tuple[Any, Any]]:
         pyramid = self.features(batch.image, batch.size, True)
         predicted = self.predict_anchors(pyramid, batch.image.shape[1:3])
         proposals = self.propose(*predicted, batch.size, True)
-        anchors = jnp.concatenate([jnp.asarray(a) for a in predicted[2].values()])
+        anchors = jnp.concatenate(list(predicted[2].values()))
 
         def label(boxes, valid):
             return rpn.label_anchors(self.rpn_settings, anchors, boxes, valid, None)

@@ -33,7 +33,7 @@ class RPN(Detector, kw_only=True):
 
     def predict_anchors(
         self, pyramid: dict[int, jax.Array], image_size: tuple[int, int]
-    ) -> tuple[dict[int, jax.Array], dict[int, jax.Array], dict[int, np.ndarray]]:
+    ) -> tuple[dict[int, jax.Array], dict[int, jax.Array], dict[int, jax.Array]]:
         """(logits {l: [b r]}, deltas {l: [b r 4]}, anchors {l: [r 4]}), r over the anchors of each level.
 
         Logits and deltas are of the head's dtype.
@@ -43,7 +43,7 @@ class RPN(Detector, kw_only=True):
 
     def predict_without_gradient(
         self, pyramid: dict[int, jax.Array], image_size: tuple[int, int]
-    ) -> tuple[dict[int, jax.Array], dict[int, jax.Array], dict[int, np.ndarray]]:
+    ) -> tuple[dict[int, jax.Array], dict[int, jax.Array], dict[int, jax.Array]]:
         """`predict_anchors` of boxes to learn from, and not through: nothing is kept of the head's maps."""
         if self.is_initializing():
             return self.predict_anchors(pyramid, image_size)
@@ -52,7 +52,7 @@ class RPN(Detector, kw_only=True):
             found = head.apply(jax.lax.stop_gradient(variables), jax.lax.stop_gradient(self._read(pyramid)))
             return *found, self.anchors(pyramid, image_size)
 
-    def anchors(self, pyramid: dict[int, jax.Array], image_size: tuple[int, int]) -> dict[int, np.ndarray]:
+    def anchors(self, pyramid: dict[int, jax.Array], image_size: tuple[int, int]) -> dict[int, jax.Array]:
         """Anchors {l: [r 4]} of an image of `image_size` (height, width)."""
         grids = {level: x.shape[1:3] for level, x in self._read(pyramid).items()}
         return rpn.make_anchors(self.rpn_settings, grids, image_size)
@@ -77,7 +77,7 @@ class RPN(Detector, kw_only=True):
         self,
         logits: dict[int, jax.Array],
         deltas: dict[int, jax.Array],
-        anchors: dict[int, np.ndarray],
+        anchors: dict[int, jax.Array],
         size: jax.Array,
         train: bool = False,
     ) -> rpn.Proposals:
@@ -104,11 +104,11 @@ class RPN(Detector, kw_only=True):
         return {"rpn": self.anchor_counts(anchors, self.propose(logits, deltas, anchors, batch.size), batch)}
 
     def anchor_counts(
-        self, anchors: dict[int, np.ndarray], proposals: rpn.Proposals, batch: Batch
+        self, anchors: dict[int, jax.Array], proposals: rpn.Proposals, batch: Batch
     ) -> dict[str, jax.Array]:
         """As `level_counts`, of the RPN alone."""
         levels = np.repeat(np.int32(list(anchors)), [len(a) for a in anchors.values()])
-        flat = np.concatenate(list(anchors.values()))
+        flat = jnp.concatenate(list(anchors.values()))
         one_by_one = self.per_device(lambda images: jax.lax.map(lambda boxes: iou(boxes, flat).argmax(-1), images))
         best = one_by_one(batch.boxes)
         return {

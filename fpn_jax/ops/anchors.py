@@ -1,7 +1,9 @@
-"""Anchors: the reference boxes of a pyramid's cells. NumPy, since they are constants of the compiled program."""
+"""Anchors: the reference boxes of a pyramid's cells."""
 
 from collections.abc import Mapping, Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -29,16 +31,27 @@ def grid_anchors(
     grids: Mapping[int, tuple[int, int]],
     cells: Mapping[int, np.ndarray],
     strides: Mapping[int, tuple[int, int]],
-) -> dict[int, np.ndarray]:
+) -> dict[int, jax.Array]:
     """Anchors {l: float32 [r 4]} of whole maps, in pixels; r = h * w * a, in the order row, column, anchor of the cell.
 
     grids {l: (h, w)} in cells, cells {l: [a 4]}, strides {l: (vertical, horizontal)} in pixels. The anchors of cell
     (i, j) are centred on (j * horizontal, i * vertical), the cell's top left corner. Anchors that stick out of the
     image are kept (FPN, section 5.1).
     """
-    anchors = {}
-    for level, (h, w) in grids.items():
-        y, x = np.meshgrid(np.arange(h) * strides[level][0], np.arange(w) * strides[level][1], indexing="ij")
-        shifts = np.stack([x, y, x, y], axis=-1).astype(np.float32)
-        anchors[level] = (shifts[:, :, None] + cells[level]).reshape(-1, 4)
-    return anchors
+    return {level: _of_map(grids[level], cells[level], strides[level]) for level in grids}
+
+
+def _of_map(grid: tuple[int, int], of_cell: np.ndarray, stride: tuple[int, int]) -> jax.Array:
+    """Anchors [r 4] of a map. The device computes them from their row's number: as constants they would be stored in
+    the program several times, in a TPU's with 4 of 128 lanes used."""
+    cell, anchor = jnp.divmod(jnp.arange(grid[0] * grid[1] * len(of_cell), dtype=jnp.int32), len(of_cell))
+    i, j = jnp.divmod(cell, grid[1])
+    y, x = ((index * side).astype(jnp.float32) for index, side in zip((i, j), stride, strict=True))
+    own = [anchor == which for which in range(1, len(of_cell))]
+    columns = []
+    for corners, shift in zip(of_cell.T, (x, y, x, y), strict=True):
+        corner = jnp.float32(corners[0])
+        for is_own, value in zip(own, corners[1:], strict=True):  # without a gather
+            corner = jnp.where(is_own, value, corner)
+        columns.append(shift + corner)
+    return jnp.stack(columns, axis=-1)

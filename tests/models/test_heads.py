@@ -225,8 +225,9 @@ def test_the_box_head_has_the_slots_of_its_convention(background, slots):
 def test_no_limit_before_nms_is_nms_over_all_anchors():
     """One map of all sizes: what NMS leaves of all, where a limit would leave fewer than are asked for."""
     rng = np.random.default_rng(0)
-    anchors = {2: rng.uniform(0, 60, (300, 2))}
-    anchors = {2: np.concatenate([anchors[2], anchors[2] + rng.uniform(4, 40, (300, 2))], 1).astype(np.float32)}
+    corners = rng.uniform(0, 60, (300, 2))
+    boxes = np.concatenate([corners, corners + rng.uniform(4, 40, (300, 2))], 1)
+    anchors = {2: jnp.asarray(boxes, jnp.float32)}
     logits = {2: jnp.asarray(rng.normal(size=(2, 300)).astype(np.float32))}
     deltas = {2: jnp.asarray(rng.normal(0, 0.1, (2, 300, 4)).astype(np.float32))}
     size = jnp.array([[100, 100], [60, 100]])

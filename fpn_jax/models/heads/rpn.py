@@ -172,7 +172,7 @@ def cells_of_anchors(grids: Sequence[tuple[int, int]], per_cell: int, index: jax
 
 def make_anchors(
     settings: RPNSettings, grids: Mapping[int, tuple[int, int]], image_size: tuple[int, int]
-) -> dict[int, np.ndarray]:
+) -> dict[int, jax.Array]:
     """Anchors {l: float32 [r 4]} in pixels for maps of `grids` {l: (h, w)} of an image of `image_size`."""
     cells = {
         level: anchor_ops.cell_anchors(sizes, settings.ratios, settings.anchor_rounding, settings.anchor_order)
@@ -196,14 +196,14 @@ class DrawnAnchors(NamedTuple):
 
 def draw_anchors(
     settings: RPNSettings,
-    anchors: Mapping[int, np.ndarray],
+    anchors: Mapping[int, jax.Array],
     boxes: jax.Array,
     valid: jax.Array,
     keys: jax.Array,
     per_device: PerDevice = together,
 ) -> DrawnAnchors:
     """Match anchors {l: [r 4]} with objects, boxes [b m 4] and valid [b m], and draw some by keys [b]."""
-    flat = jnp.concatenate([jnp.asarray(x) for x in anchors.values()])
+    flat = jnp.concatenate(list(anchors.values()))
 
     def of_image(boxes, valid, key):
         matched, drawn = label_anchors(settings, flat, boxes, valid, key if settings.sampling == "random" else None)
@@ -264,7 +264,7 @@ def propose(
     settings: RPNSettings,
     logits: Mapping[int, jax.Array],
     deltas: Mapping[int, jax.Array],
-    anchors: Mapping[int, np.ndarray],
+    anchors: Mapping[int, jax.Array],
     size: jax.Array,
     train: bool,
     per_device: PerDevice = together,
@@ -279,7 +279,7 @@ def propose(
     after = settings.post_nms_train if train else settings.post_nms_test
 
     def level_candidates(level, logits, deltas, anchors, size):
-        logits, anchors = logits.astype(jnp.float32), jnp.asarray(anchors)
+        logits = logits.astype(jnp.float32)
         if before:
             logits, best = jax.lax.top_k(logits, min(before, logits.shape[0]))
             deltas, anchors = take_anchors(deltas, best, settings.anchors_per_cell(level)), anchors[best]
