@@ -2,8 +2,8 @@
 
     python -m benchmarks.input_pipeline [--quick]
 
-Made-up pictures of 640 x 480 as large in bytes as COCO's (quality 90, about 135 KB), with their boxes: decoded, resized
-to 800 x 1066, flipped every other time, padded to 800 x 1088, in batches of 8; as uint8, and as floats that are resized
+Made-up pictures of 640 x 480 as large in bytes as COCO's (quality 90, about 135 KB), with their boxes: decoded, flipped
+every other time, resized to 800 x 1066, padded to 800 x 1088, in batches of 8; as uint8, and as floats that are resized
 unrounded. Ours reads records through Grain; torchvision's reads the files with Pillow as its reference scripts do.
 
 The first figure is images by CPU time (user and system) of one core: both sides work in the process itself, in its one

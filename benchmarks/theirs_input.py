@@ -50,7 +50,7 @@ def pictures(folder: str, kind: str, batches: int, workers: int) -> Made:
     resize = v2.Resize(SHORTER, max_size=LONGEST)
     fork = "fork" if workers else None  # the default of programs that are no one's child
     in_order = Pictures(Path(folder) / "coco", v2.Compose([*cast, resize]))
-    flipped = Pictures(Path(folder) / "coco", v2.Compose([*cast, resize, v2.RandomHorizontalFlip(0.5)]))
+    flipped = Pictures(Path(folder) / "coco", v2.Compose([*cast, v2.RandomHorizontalFlip(0.5), resize]))
 
     def epoch(seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)

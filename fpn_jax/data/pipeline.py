@@ -234,7 +234,7 @@ def _load(
     seed: int | None,
     proposals: ProposalTable | None,
 ) -> dict[str, np.ndarray]:
-    """Read, decode, resize and flip the images of a plan onto canvases [b h w 3] with anything on them."""
+    """Read, decode, flip and resize the images of a plan onto canvases [b h w 3] with anything on them."""
     batch = _empty_batch(canvases, max_objects)
     if proposals is not None:
         batch |= _empty_proposals(len(plan.rows), options.max_proposals[0 if seed is not None else 1])

@@ -38,7 +38,7 @@ def resized_size(height, width, shorter: int, longest: int, rounding: str = "flo
 
 
 def resize_into(canvas: np.ndarray, image: np.ndarray, size: tuple[int, int], interpolation: str, flip: bool) -> None:
-    """Resize image uint8 [h w 3] to `size` (height, width), at the upper left of canvas [H W 3]; mirror if flip.
+    """Mirror image uint8 [h w 3] if flip, resize it to `size` (height, width), at the upper left of canvas [H W 3].
 
     "linear" interpolates between the four nearest pixels, without smoothing before (as torchvision does); "area"
     averages where the image shrinks and is "linear" where it grows; "antialias" is Pillow's BILINEAR, which smooths
@@ -47,6 +47,8 @@ def resize_into(canvas: np.ndarray, image: np.ndarray, size: tuple[int, int], in
     """
     height, width = size
     window = canvas[:height, :width]
+    if flip:  # before it grows, as torchvision's reference scripts do
+        image = cv2.flip(image, 1)
     if image.shape[:2] == (height, width):
         window[:] = image
     elif canvas.dtype == np.float32:
@@ -62,8 +64,6 @@ def resize_into(canvas: np.ndarray, image: np.ndarray, size: tuple[int, int], in
         method = cv2.INTER_AREA if interpolation == "area" and shrinks else cv2.INTER_LINEAR
         with _intel(exact=False):
             cv2.resize(image, (width, height), dst=window, interpolation=method)
-    if flip:
-        cv2.flip(window, 1, dst=window)
 
 
 def _interpolate(window: np.ndarray, image: np.ndarray) -> None:
