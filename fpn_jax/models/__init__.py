@@ -45,7 +45,8 @@ CHOICES = {
     "merge": MERGES,
     "activation": tuple(ACTIVATIONS),
 }
-# Numbers by their keys: the least and the most of each.
+_ABOVE_ZERO = math.nextafter(0, 1)
+# Numbers by their keys, or each number where there are several: the least and the most.
 NUMBERS = {
     "model.backbone.width": (1, math.inf),
     "model.neck.channels": (1, math.inf),
@@ -54,16 +55,33 @@ NUMBERS = {
     "model.box.pooled_size": (1, math.inf),
     "model.box.canonical_size": (1, math.inf),
     "model.box.detections": (1, math.inf),
+    "model.rpn.sizes": (_ABOVE_ZERO, math.inf),
+    "model.rpn.ratios": (_ABOVE_ZERO, math.inf),
+    "model.rpn.negative_iou": (0, 1),
     "model.rpn.pre_nms_train": (0, math.inf),
     "model.rpn.pre_nms_test": (0, math.inf),
     "model.rpn.post_nms_train": (1, math.inf),
     "model.rpn.post_nms_test": (1, math.inf),
+    "model.pixels.white": (_ABOVE_ZERO, math.inf),
+    "model.pixels.mean": (-math.inf, math.inf),
+    "model.pixels.std": (_ABOVE_ZERO, math.inf),
     **{
         f"model.{part}.{name}": bounds
         for part in ("rpn", "box")
-        for name, bounds in {"samples": (1, math.inf), "positive_fraction": (0, 1), "beta": (0, math.inf)}.items()
+        for name, bounds in {
+            "samples": (1, math.inf),
+            "positive_fraction": (0, 1),
+            "positive_iou": (0, 1),
+            "nms_iou": (0, 1),
+            "score_threshold": (0, 1),
+            "min_size": (0, math.inf),
+            "beta": (0, math.inf),
+            "delta_weights": (_ABOVE_ZERO, math.inf),
+        }.items()
     },
 }
+# How many numbers, where there are several: one for each of dx, dy, dw and dh, one for each channel.
+COUNTS = {"delta_weights": 4, "mean": 3, "std": 3}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _OF_BACKBONE = (
     "depth",
@@ -127,6 +145,11 @@ def _rpn(model: Mapping[str, Any], levels: Sequence[int], dtype: Any) -> dict[st
         )
     if not settings.ratios:
         raise UserError("model.rpn.ratios is empty; give at least one, such as (1.0,)")
+    if settings.negative_iou > settings.positive_iou:
+        raise UserError(
+            f"model.rpn.negative_iou is {settings.negative_iou}, above model.rpn.positive_iou {settings.positive_iou}: "
+            "an anchor between them would be both; set it to that or less"
+        )
     given = {"anchors": counts.pop() * len(settings.ratios), "dtype": dtype}
     values = _fields("model.rpn_head", RPNHead, model.get("rpn_head", {}), given)
     return {"rpn_head": RPNHead(**given, **values), "rpn_settings": settings}
@@ -238,11 +261,23 @@ def _fields(key: str, cls: type, values: Mapping[str, Any], given: Collection[st
         if name in CHOICES:
             _choose(f"{key}.{name}", dict.fromkeys(CHOICES[name]), values[name])
         if f"{key}.{name}" in NUMBERS:
-            least, most = NUMBERS[f"{key}.{name}"]
-            if not least <= values[name] <= most:
-                bounds = f"at least {least}" + (f" and at most {most}" if most < math.inf else "")
-                raise UserError(f"{key}.{name} is {values[name]}; it must be {bounds}")
+            _check_number(f"{key}.{name}", _frozen(values[name]), COUNTS.get(name, 0))
     return {name: _frozen(value) for name, value in values.items()}
+
+
+def _check_number(key: str, value: Any, count: int) -> None:
+    """Raises `UserError` unless the number, or each of a tuple or of a tuple of tuples, is one that NUMBERS allows."""
+    if count and not (isinstance(value, tuple) and len(value) == count):
+        raise UserError(f"{key} is {value}; give {count} numbers")
+    least, most = NUMBERS[key]
+    rows = value if isinstance(value, tuple) else (value,)
+    for number in (number for row in rows for number in (row if isinstance(row, tuple) else (row,))):
+        if not isinstance(number, int | float):
+            raise UserError(f"{key} is {value}: {number!r} is not a number; give numbers alone")
+        if not least <= number <= most:
+            bounds = "above 0" if least == _ABOVE_ZERO else f"at least {least}"
+            bounds += f" and at most {most}" if most < math.inf else ""
+            raise UserError(f"{key} is {value}; {'it' if rows is not value else 'each'} must be {bounds}")
 
 
 def _frozen(value: Any) -> Any:
