@@ -14,8 +14,8 @@ from fpn_jax.models import build_detector
 from fpn_jax.models.backbones.resnet import ResNet
 from fpn_jax.models.heads.box import BoxHead, BoxSettings
 from fpn_jax.models.heads.rpn import RPNHead, RPNSettings
-from fpn_jax.models.layers import Pixels
 from fpn_jax.models.necks.fpn import FPN
+from fpn_jax.models.pixels import Pixels
 from fpn_jax.training.state import init_variables
 
 ROOT = Path(__file__).parent.parent

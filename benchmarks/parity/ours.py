@@ -16,7 +16,7 @@ import numpy as np
 
 from fpn_jax.models.faster_rcnn import FasterRCNN
 from fpn_jax.models.heads import box, rpn
-from fpn_jax.models.layers import normalize_pixels
+from fpn_jax.models.pixels import normalize_pixels
 from fpn_jax.types import Batch
 from fpn_jax.weights import names
 

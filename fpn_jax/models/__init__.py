@@ -22,8 +22,10 @@ from fpn_jax.models.faster_rcnn import FasterRCNN
 from fpn_jax.models.heads.box import BoxHead, BoxSettings
 from fpn_jax.models.heads.conv5 import Conv5Head
 from fpn_jax.models.heads.rpn import RPNHead, RPNSettings
-from fpn_jax.models.layers import NORMS, ORDERS, UPSAMPLINGS, Pixels
+from fpn_jax.models.layers import NORMS
 from fpn_jax.models.necks.fpn import ACTIVATIONS, FPN, MERGES, Bare
+from fpn_jax.models.pixels import ORDERS, Pixels
+from fpn_jax.models.resampling import UPSAMPLINGS
 from fpn_jax.models.rpn import RPN
 
 DETECTORS = {"rpn": RPN, "fast_rcnn": FastRCNN, "faster_rcnn": FasterRCNN}

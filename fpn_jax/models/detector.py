@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fpn_jax.models.layers import Pixels, normalize_pixels
+from fpn_jax.models.pixels import Pixels, normalize_pixels
 from fpn_jax.types import PerDevice, SpreadMaps, as_they_are, together
 
 Scalars = dict[str, jax.Array]

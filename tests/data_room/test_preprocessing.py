@@ -7,7 +7,7 @@ from PIL import Image
 
 from fpn_jax.data.decode import decode
 from fpn_jax.data.pipeline import PipelineOptions, image_batch
-from fpn_jax.models.layers import Pixels, normalize_pixels
+from fpn_jax.models.pixels import Pixels, normalize_pixels
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's
 

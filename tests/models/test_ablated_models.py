@@ -12,8 +12,8 @@ from fpn_jax.models.backbones.resnet import ResNet
 from fpn_jax.models.heads.box import BoxHead
 from fpn_jax.models.heads.conv5 import Conv5Head
 from fpn_jax.models.heads.rpn import RPNHead
-from fpn_jax.models.layers import Upsample
 from fpn_jax.models.necks.fpn import FPN, Bare
+from fpn_jax.models.resampling import Upsample
 
 
 def filled(module, *inputs, seed=0):

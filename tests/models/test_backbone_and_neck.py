@@ -9,20 +9,10 @@ import numpy as np
 import pytest
 
 from fpn_jax.models.backbones.resnet import ResNet
-from fpn_jax.models.layers import (
-    Conv,
-    Pixels,
-    conv_norm,
-    max_of_windows,
-    max_pool,
-    normalize_pixels,
-    plus_by_product,
-    repeat_by_index,
-    repeat_by_products,
-    space_to_depth_conv,
-    upsample_nearest,
-)
+from fpn_jax.models.layers import Conv, conv_norm, plus_by_product, space_to_depth_conv
 from fpn_jax.models.necks.fpn import FPN
+from fpn_jax.models.pixels import Pixels, normalize_pixels
+from fpn_jax.models.resampling import max_of_windows, max_pool, repeat_by_index, repeat_by_products, upsample_nearest
 from fpn_jax.ops.platforms import compiling_for
 
 

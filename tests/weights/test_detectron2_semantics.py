@@ -16,7 +16,7 @@ from experiments.detectron2 import faster_rcnn_X_101_32x8d_FPN_3x as x101
 from fpn_jax.models import build_detector
 from fpn_jax.models.backbones.resnet import Block
 from fpn_jax.models.heads import box, rpn
-from fpn_jax.models.layers import normalize_pixels
+from fpn_jax.models.pixels import normalize_pixels
 from fpn_jax.ops.roi_align import roi_levels
 
 DETECTOR = build_detector(r50.get_config().model, 80)

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from fpn_jax.errors import UserError
-from fpn_jax.models.layers import conv_norm, max_pool, relu
+from fpn_jax.models.layers import conv_norm, relu
+from fpn_jax.models.resampling import max_pool
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from fpn_jax.errors import UserError
-from fpn_jax.models.layers import Upsample, conv_norm, lecun_uniform, relu
+from fpn_jax.models.layers import conv_norm, lecun_uniform, relu
+from fpn_jax.models.resampling import Upsample
 
 # Ways to bring the upsampled map and the lateral one together.
 MERGES = ("sum", "concat")
