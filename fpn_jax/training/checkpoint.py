@@ -11,6 +11,7 @@ WORKDIR may be on gs://: there orbax marks a folder as whole where it renames it
 
 import fcntl
 import json
+import logging
 import os
 from pathlib import Path
 from typing import IO, Any
@@ -18,6 +19,7 @@ from typing import IO, Any
 import jax
 import ml_collections
 import orbax.checkpoint as ocp
+from absl import logging as absl_logging
 
 from fpn_jax.errors import UserError
 from fpn_jax.storage import paths
@@ -35,6 +37,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: str, keep: int = 2, writes: bool = False):
+        absl_logging.get_absl_logger().addFilter(_is_not_raised_later)
         self.workdir = workdir
         self._latest = _manager(workdir, "checkpoints", keep, writes)
         self._best = _manager(workdir, "best", 1, writes)
@@ -249,6 +252,11 @@ def _manager(workdir: str, name: str, keep: int, writes: bool) -> ocp.Checkpoint
     arrays = {item: ocp.StandardCheckpointHandler() for item in ("weights", "optimizer")}
     values = {item: ocp.JsonCheckpointHandler() for item in ("data", "metrics")}
     return ocp.CheckpointManager(paths.absolute(workdir) / name, options=options, item_handlers=arrays | values)
+
+
+def _is_not_raised_later(record: logging.LogRecord) -> bool:
+    """False for the stack traces that orbax's threads log of a save that fails: `Checkpoints` raises what it was."""
+    return not (record.exc_info and "orbax" in Path(record.pathname).parts)
 
 
 def _weights(state: TrainState) -> dict[str, Any]:
