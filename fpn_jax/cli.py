@@ -19,12 +19,18 @@ from fpn_jax.errors import ProcessLost, Stopped, UserError, explain
 _ALIKE = 0.6  # difflib's ratio, from which on a key is worth suggesting
 
 
-def run(main: Callable[[Sequence[str]], None]) -> None:
-    """Parse flags and call main(argv); what `explain` knows becomes one line on stderr and its status."""
+def run(main: Callable[[Sequence[str]], None], words: bool = False) -> None:
+    """Parse flags and call main(argv); what `explain` knows becomes one line on stderr and its status.
+
+    words: whether the command takes arguments that are no flags; otherwise there must be none. --help prints the
+    program's docstring and flags.
+    """
 
     def guarded(argv: Sequence[str]) -> None:
         logging.set_verbosity(logging.ERROR)  # orbax and tfds tell of every file
         try:
+            if argv[1:] and not words:
+                raise UserError(f"{argv[1]!r} is no flag; write --NAME=VALUE, without spaces, and quote what has some")
             main(argv)
         except (UserError, ProcessLost, Stopped, OSError, KeyboardInterrupt) as error:
             if explain(error) is None:
@@ -39,13 +45,16 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 
 def config_flag() -> flags.FlagHolder:
     """Define --config=FILE.py with overrides --config.some.key=value; the values are locked to the file's keys."""
+    text = "Experiment file, see experiments/. Any of its values can be changed: --config.optim.learning_rate=0.01"
+    _asked.append(("config", sys._getframe(1).f_globals, text))
     if "config" in flags.FLAGS:
         return flags.FlagHolder(flags.FLAGS, flags.FLAGS["config"])
-    return config_flags.DEFINE_config_file("config", None, "Experiment file, see experiments/.", lock_config=True)
+    return config_flags.DEFINE_config_file("config", None, text, lock_config=True)
 
 
 def flag(name: str, kind: type, default: Any, text: str) -> flags.FlagHolder:
     """Define --name=; kind is str, int, float, bool or list. Entry points that are imported together may share one."""
+    _asked.append((name, sys._getframe(1).f_globals, text))
     if name in flags.FLAGS:
         return flags.FlagHolder(flags.FLAGS, flags.FLAGS[name])
     define = {
@@ -55,9 +64,26 @@ def flag(name: str, kind: type, default: Any, text: str) -> flags.FlagHolder:
         bool: flags.DEFINE_bool,
         list: flags.DEFINE_list,
     }
-    caller = sys._getframe(1).f_globals["__name__"]
-    # --help lists the flags of the program, which absl knows by its path.
-    return define[kind](name, default, text, module_name=sys.argv[0] if caller == "__main__" else caller)
+    return define[kind](name, default, text)
+
+
+# Who asked for a flag: its name, the namespace of the module, what it said of it.
+_asked: list[tuple[str, dict[str, Any], str]] = []
+
+
+def help_text(program: dict[str, Any]) -> str:
+    """The docstring and the flags of the program whose namespace this is.
+
+    Its own flags and those of modules that are no programs themselves: what another program defines that this one
+    imports has no effect here.
+    """
+    lines = [(program.get("__doc__") or "").strip(), ""]
+    for name, module, text in _asked:
+        if module is program or "main" not in module:
+            default = flags.FLAGS[name].default
+            shown = f" Default: {default}" if default not in (None, "", False, []) else ""
+            lines.append(f"  --{name}{'' if flags.FLAGS[name].boolean else '='}\n      {text}{shown}")
+    return "\n".join(lines)
 
 
 def check_required(**values: object) -> None:
@@ -89,6 +115,9 @@ def _end(error: BaseException) -> None:
 
 def _parse_flags(argv: list[str]) -> list[str]:
     """absl's parsing, with its errors as one line that names the nearest right key."""
+    if {"--help", "-h", "-help", "--helpfull", "--helpshort"} & set(argv[1:]):
+        print(help_text(vars(sys.modules["__main__"])))
+        sys.exit(0)
     given = [a.removeprefix("--config=") for a in argv if a.startswith("--config=")]
     given += [value for name, value in itertools.pairwise(argv) if name == "--config"]
     keys = [a.partition("=")[0] for a in argv if re.match("--(?:no)?config\\.", a)]
@@ -107,7 +136,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
         hint = f"did you mean --{near[0]}?" if near else "--help lists the flags"
         raise UserError(f"unknown flag --{error.flagname}; {hint}") from None
     except (flags.Error, TypeError, ValueError) as error:
-        raise UserError(f"{error}; give a value of the same type as in the config file") from None
+        what = re.sub(r"\(['\"](.*)['\"], '(.*)'\)$", r"\1, \2", str(error))  # a tuple of what is wrong with what
+        raise UserError(f"{what}; give a value of the same type as in the config file") from None
 
 
 def load_config(given: str) -> ConfigDict:
@@ -126,7 +156,8 @@ def load_config(given: str) -> ConfigDict:
         return module.get_config(*given.split(":")[1:])
     except Exception as error:
         where = f"{type(error).__name__}: {error}"
-        raise UserError(f"--config={given} cannot be loaded ({where}); it must define get_config()") from error
+        what = "correct it" if hasattr(module, "get_config") else "it must define get_config()"
+        raise UserError(f"--config={given} cannot be loaded ({where}); {what}") from error
 
 
 def _unknown_key(config: ConfigDict, key: str) -> str | None:

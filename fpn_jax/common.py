@@ -91,12 +91,20 @@ _NUMBERS = {
     "optim.weight_decay": (0, True, math.inf),
     "optim.clip_norm": (0, True, math.inf),
     "optim.warmup_steps": (0, True, math.inf),
+    "optim.momentum": (0, True, 1),
+    "optim.adam_b2": (0, True, 1),
+    "data.max_objects": (0, True, math.inf),
 }
+_NO_NUMBERS = ("stages", "model.frozen_parts")  # keys whose tuples hold something else
 
 
 def check_numbers(config: ml_collections.ConfigDict) -> None:
-    """Raise a `UserError` that names the first number of a training which lies beyond its bounds."""
+    """Raise a `UserError` that names the first number of a training which is none or lies beyond its bounds."""
     values = flat_values(config)
+    for key, value in values.items():
+        strange = [x for x in _leaves(value) if not isinstance(x, int | float)] if isinstance(value, tuple) else []
+        if strange and key not in _NO_NUMBERS:
+            raise UserError(f"{key} is {value}: {strange[0]!r} is not a number; give numbers alone")
     for key, (least, itself, below) in _NUMBERS.items():
         value = values.get(key, 1)  # a workdir of before there was the key has none
         if not (value >= least if itself else value > least) or not value < below:
@@ -104,11 +112,31 @@ def check_numbers(config: ml_collections.ConfigDict) -> None:
                 f" and below {below}" if below < math.inf else ""
             )
             raise UserError(f"{key} is {value}; it must be {bounds}")
+    if not all(0 <= at <= 1 for at in config.optim.step_at):
+        raise UserError(
+            f"optim.step_at is {tuple(config.optim.step_at)}; give fractions of num_steps between 0 and 1, such as "
+            "(0.67, 0.89)"
+        )
+    if not config.init_from and (config.init_part or config.init_reset_classes):
+        key = "init_part" if config.init_part else "init_reset_classes"
+        raise UserError(
+            f"{key} is {config[key]!r}, but init_from is empty: there are no weights to take; name some by "
+            f"--config.init_from=..., or leave {key} out"
+        )
     if config.batch_size % config.accumulate:
         raise UserError(
             f"batch_size is {config.batch_size}, which accumulate={config.accumulate} does not divide; set one so that "
             "it does"
         )
+
+
+def _leaves(value: tuple) -> Iterator[Any]:
+    """What a tuple of tuples holds."""
+    for x in value:
+        if isinstance(x, tuple):
+            yield from _leaves(x)
+        else:
+            yield x
 
 
 def mesh_options(config: ml_collections.ConfigDict) -> sharding.MeshOptions:

@@ -92,6 +92,8 @@ def main(argv: Sequence[str]) -> None:
     """Entry point."""
     del argv
     cli.check_required(workdir=_WORKDIR.value)
+    if _PICTURES.value < 0:
+        raise UserError(f"--pictures={_PICTURES.value}: give how many to draw, 0 for none")
     where = _DATA_DIR.value, _DATASET.value
     evaluate(_WORKDIR.value, _SPLIT.value, _CHECKPOINT.value, _PICTURES.value, *where, _TIGHT.value, _PROPOSALS.value)
 

@@ -157,6 +157,7 @@ def main(argv: Sequence[str]) -> None:
     if _OUTPUT.value and not Path(_OUTPUT.value).parent.is_dir():  # told before minutes of compiling, not after
         raise UserError(f"--output={_OUTPUT.value}: there is no folder {Path(_OUTPUT.value).parent}; make it first")
     config.batch_size = _BATCH_SIZE.value or config.batch_size
+    common.check_numbers(config)
     found = plan(config, _TOPOLOGY.value, bucket_of(config, _BUCKET.value), _LARGEST.value)
     if _OUTPUT.value:
         Path(_OUTPUT.value).write_text(json.dumps(found, indent=2) + "\n")

@@ -51,6 +51,10 @@ def find_images(paths: Sequence[str]) -> list[Path]:
 def main(argv: Sequence[str]) -> None:
     """Entry point."""
     cli.check_required(workdir=_WORKDIR.value, output=_OUTPUT.value)
+    if not 0 <= _THRESHOLD.value <= 1:
+        raise UserError(f"--threshold={_THRESHOLD.value}: give a score between 0 and 1")
+    if Path(_OUTPUT.value).is_file():
+        raise UserError(f"--output={_OUTPUT.value}: there is a file of this name; name a folder")
     paths = find_images(argv[1:])
     output = output_path(_OUTPUT.value)
     config = checkpoint.read_config(_WORKDIR.value)
@@ -89,7 +93,9 @@ def main(argv: Sequence[str]) -> None:
     print(f"{len(results)} detections in {len(paths) - len(unreadable)} pictures; written to {output}/")
     if unreadable:
         more = f" and {len(unreadable) - 1} more" if len(unreadable) > 1 else ""
-        raise UserError(f"{unreadable[0]}{more}; the other pictures are done")
+        raise UserError(
+            f"{unreadable[0]}{more}; {'the others are done' if len(unreadable) < len(paths) else 'no picture is done'}"
+        )
 
 
 def _images(paths: list[Path], unreadable: list[str]) -> Iterator[tuple[Path, np.ndarray]]:
@@ -108,4 +114,4 @@ def _picture_name(path: Path, paths: list[Path]) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, words=True)

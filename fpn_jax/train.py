@@ -182,6 +182,12 @@ class _Run:
 def _regions(config: ml_collections.ConfigDict, train_split: Split, eval_split: Split) -> dict[str, Any]:
     """The proposals that a Fast R-CNN is trained and tested on, by "train" and "eval"; None for other detectors."""
     if config.model.detector != "fast_rcnn":
+        for key in ("proposals_train", "proposals_eval"):
+            if config.data.get(key):
+                raise UserError(
+                    f"data.{key} is {config.data[key]!r}, but a {config.model.detector} makes its own proposals; "
+                    "leave it empty, or set model.detector=fast_rcnn"
+                )
         return {"train": None, "eval": None}
     most = dict(zip(("train", "eval"), config.data.max_proposals, strict=True))
     return {

@@ -1,5 +1,6 @@
 """A user's mistake on the command line is one line on stderr that says what to do, and exit status 2."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,8 @@ def show(*arguments, cwd=ROOT):
         (("--config=experiments/demo.py", "--config.learning_rate=4"), ["--config.optim.learning_rate?"]),
         (("--config=experiments/demo.py", "--config.batch_size=many"), ["batch_size", "many"]),
         (("--config=experiments/demo.py", "--cofnig=4"), ["--cofnig", "--config?"]),
+        (("--config=experiments/demo.py", "--config.batch_size=4", "8"), ["'8' is no flag", "without spaces"]),
+        (("--config=experiments/ablations/rpn.py:nope",), ["there is no size 'nope'", "correct it"]),
     ],
 )
 def test_mistakes_are_one_line_that_names_the_key(arguments, names):
@@ -50,6 +53,20 @@ def test_mistakes_are_one_line_that_names_the_key(arguments, names):
     assert done.stderr.startswith("error: ")
     for name in names:
         assert name in done.stderr
+
+
+def test_help_lists_the_flags_of_the_program_and_no_others():
+    for module, own in (("train", ["config", "workdir"]), ("evaluate", None), ("predict", None), ("report", None)):
+        command = [sys.executable, "-m", f"fpn_jax.{module}", "--help"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert f"python -m fpn_jax.{module}" in done.stdout and "--workdir=\n" in done.stdout
+        found = re.findall(r"^  --(\w+)", done.stdout, re.MULTILINE)
+        # What the program's own lines define, in their order.
+        source = (ROOT / "fpn_jax" / f"{module}.py").read_text()
+        defined = re.findall(r"cli\.(?:flag\(\s*\"(\w+)\"|config_flag)", source)
+        assert found == [name or "config" for name in defined]
+        assert own is None or found == own
 
 
 def test_overrides_arrive_and_the_folder_does_not_matter(tmp_path):

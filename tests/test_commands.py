@@ -121,6 +121,11 @@ def test_mistakes_are_one_line(trained, tmp_path):
     assert "'nothere'" in refused and "set --split to one of them" in refused
     assert "train there first" in fails_in_one_line(run("predict", f"--workdir={tmp_path}", "--output=x", ROOT))
     assert "--output" in fails_in_one_line(run("predict", f"--workdir={workdir}", "x.jpg"))
+    predict = ["predict", f"--workdir={workdir}", f"--output={tmp_path}/out", ROOT / "README.md"]
+    assert "no picture is done" in fails_in_one_line(run(*predict))
+    assert "--threshold=50.0" in fails_in_one_line(run(*predict, "--threshold=50"))
+    assert "there is a file" in fails_in_one_line(run(*predict, f"--output={ROOT}/README.md"))
+    assert "--pictures=-1" in fails_in_one_line(run("evaluate", f"--workdir={workdir}", "--pictures=-1"))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_images(trained, tmp_path, scenes_dir):

@@ -107,6 +107,15 @@ def test_what_does_not_fit_is_refused_by_its_key(change, message):
         ("checkpoint_every", -1, r"checkpoint_every is -1; it must be at least 0"),
         ("pictures", -1, r"pictures is -1; it must be at least 0"),
         ("dead_after", 0.0, r"dead_after is 0\.0; it must be above 0"),
+        ("optim.momentum", 1.5, r"optim\.momentum is 1\.5; it must be at least 0 and below 1"),
+        ("optim.step_at", (60_000, 80_000), r"optim\.step_at is \(60000, 80000\); give fractions of num_steps"),
+        ("optim.step_at", ("a",), r"optim\.step_at is \('a',\): 'a' is not a number; give numbers alone"),
+        ("data.shorter", ("abc",), r"data\.shorter is \('abc',\): 'abc' is not a number"),
+        ("data.max_objects", -1, r"data\.max_objects is -1; it must be at least 0"),
+        ("model.backbone.blocks", (1, 1, "a", 1), r"model\.backbone\.blocks is .*: 'a' is not a number"),
+        ("model.rpn.sizes", ((1.0,), ("x",)), r"model\.rpn\.sizes is .*: 'x' is not a number"),
+        ("init_part", "backbone", r"init_part is 'backbone', but init_from is empty"),
+        ("init_reset_classes", True, r"init_reset_classes is True, but init_from is empty"),
     ],
 )
 def test_numbers_beyond_their_bounds_are_refused_before_anything_starts(tmp_path, key, value, message):

@@ -88,8 +88,8 @@ class PipelineOptions:
             ("longest", [self.longest]),
             ("buckets", sum(self.buckets, ())),
         ):
-            if any(value < 1 for value in values):
-                raise UserError(f"data.{name} is {getattr(self, name)}; pixels must be positive")
+            if not all(isinstance(value, int) and value >= 1 for value in values):
+                raise UserError(f"data.{name} is {getattr(self, name)}; give whole numbers of pixels, at least 1")
         for name, allowed in (("rounding", ROUNDINGS), ("interpolation", INTERPOLATIONS), ("pixels", PIXELS)):
             if getattr(self, name) not in allowed:
                 raise UserError(f"data.{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")

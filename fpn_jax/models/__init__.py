@@ -133,11 +133,11 @@ def _backbone(model: Mapping[str, Any], dtype: Any) -> Any:
 
 def _rpn(model: Mapping[str, Any], levels: Sequence[int], dtype: Any) -> dict[str, Any]:
     settings = RPNSettings(**_fields("model.rpn", RPNSettings, model["rpn"]))
+    _check_levels("rpn", settings.levels, levels)
     if len(settings.sizes) != len(settings.levels):
         raise UserError(
             f"model.rpn.sizes has {len(settings.sizes)} rows for {len(settings.levels)} levels; give one per level"
         )
-    _check_levels("rpn", settings.levels, levels)
     if not all(isinstance(row, tuple) and row for row in settings.sizes):
         raise UserError(f"model.rpn.sizes is {settings.sizes}; give a row of sizes for each level: ((32,), (64,), ...)")
     counts = {len(sizes) for sizes in settings.sizes}

@@ -29,6 +29,8 @@ def experiment(arrays: Mapping[str, np.ndarray], file: str) -> tuple[str, dict[s
     """
     format = names.recognise(arrays, file)
     if format.name not in EXPERIMENTS:
+        if format.framework == "fpn_jax":
+            raise UserError(f"{file}: our own names do not tell the experiment; say with --config= which one it is of")
         raise UserError(
             f"{file}: a {format.name} is no whole detector; say with --config= which one it is to be part of"
         )

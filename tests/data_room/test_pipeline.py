@@ -398,9 +398,10 @@ def test_a_batch_that_the_processes_cannot_share_is_refused():
     [
         ({"shorter": ()}, r"data\.shorter is empty"),
         ({"buckets": ()}, r"data\.buckets is empty"),
-        ({"shorter": (16, 0)}, r"data\.shorter is \(16, 0\); pixels must be positive"),
-        ({"longest": -1}, r"data\.longest is -1; pixels"),
-        ({"buckets": ((24, 0),)}, r"data\.buckets is \(\(24, 0\),\); pixels"),
+        ({"shorter": (16, 0)}, r"data\.shorter is \(16, 0\); give whole numbers of pixels, at least 1"),
+        ({"shorter": (16.5,)}, r"data\.shorter is \(16\.5,\); give whole numbers of pixels"),
+        ({"longest": -1}, r"data\.longest is -1; give whole numbers of pixels"),
+        ({"buckets": ((24, 0),)}, r"data\.buckets is \(\(24, 0\),\); give whole numbers of pixels"),
         ({"flip": 1.5}, r"data\.flip is 1\.5; a probability"),
         ({"flip": float("nan")}, r"data\.flip is nan; a probability"),
         ({"rounding": "ceil"}, r"data\.rounding is 'ceil'; choose one of floor, round"),
