@@ -1,6 +1,7 @@
 """The commands of fpn_jax, a line each: python -m fpn_jax."""
 
 import ast
+import sys
 from pathlib import Path
 
 
@@ -17,3 +18,5 @@ def commands() -> dict[str, str]:
 if __name__ == "__main__":
     for name, line in commands().items():
         print(f"python -m fpn_jax.{name} --help\n    {line}")
+    if [word for word in sys.argv[1:] if word not in ("--help", "-h")]:
+        sys.exit(f"error: {sys.argv[1]!r} is no command of this form; say python -m fpn_jax.NAME, as above")

@@ -95,15 +95,37 @@ _NUMBERS = {
     "optim.adam_b2": (0, True, 1),
     "data.max_objects": (0, True, math.inf),
 }
-_NO_NUMBERS = ("stages", "model.frozen_parts")  # keys whose tuples hold something else
+# Keys whose tuples hold numbers, and those that hold tuples of them. A neck of one's own may have keys of other kinds.
+_ROWS = (
+    "data.shorter",
+    "data.max_proposals",
+    "optim.step_at",
+    "model.pixels.mean",
+    "model.pixels.std",
+    "model.backbone.blocks",
+    "model.backbone.levels",
+    "model.backbone.remat",
+    "model.image_pyramid.scales",
+    "model.neck.levels",
+    "model.neck.outputs",
+    "model.rpn.levels",
+    "model.rpn.ratios",
+    "model.rpn.delta_weights",
+    "model.box.levels",
+    "model.box.delta_weights",
+    "model.box_head.separate_levels",
+)
+_TABLES = ("data.buckets", "model.rpn.sizes")
 
 
 def check_numbers(config: ml_collections.ConfigDict) -> None:
     """Raise a `UserError` that names the first number of a training which is none or lies beyond its bounds."""
     values = flat_values(config)
-    for key, value in values.items():
-        strange = [x for x in _leaves(value) if not isinstance(x, int | float)] if isinstance(value, tuple) else []
-        if strange and key not in _NO_NUMBERS:
+    for key in (*_ROWS, *_TABLES):
+        value = values.get(key, ())
+        held = _leaves(value) if key in _TABLES else value
+        strange = [x for x in held if not isinstance(x, int | float)]
+        if strange:
             raise UserError(f"{key} is {value}: {strange[0]!r} is not a number; give numbers alone")
     for key, (least, itself, below) in _NUMBERS.items():
         value = values.get(key, 1)  # a workdir of before there was the key has none
@@ -116,12 +138,6 @@ def check_numbers(config: ml_collections.ConfigDict) -> None:
         raise UserError(
             f"optim.step_at is {tuple(config.optim.step_at)}; give fractions of num_steps between 0 and 1, such as "
             "(0.67, 0.89)"
-        )
-    if not config.init_from and (config.init_part or config.init_reset_classes):
-        key = "init_part" if config.init_part else "init_reset_classes"
-        raise UserError(
-            f"{key} is {config[key]!r}, but init_from is empty: there are no weights to take; name some by "
-            f"--config.init_from=..., or leave {key} out"
         )
     if config.batch_size % config.accumulate:
         raise UserError(

@@ -31,6 +31,11 @@ def train_stages(config: ml_collections.ConfigDict, workdir: str, train: Train) 
     Raises `UserError` if a stage names one that does not come before it, or no stage has some part.
     """
     configs = stage_configs(config, workdir)
+    for where, stage in configs.items():  # all of them before the first takes hours
+        try:
+            common.check_numbers(stage)
+        except UserError as error:
+            raise UserError(f"stage {path(where).name}: {error}") from None
     for where, stage in configs.items():
         check_unchanged(stage, where)
         train(stage, where)

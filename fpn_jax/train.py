@@ -225,7 +225,9 @@ def _starting_weights(
         if any(name.startswith("params/backbone/") for name in loaded.fresh):  # init_part left it out
             lines += _frozen_at_random(config.model.backbone)
         return loaded.variables, lines
-    return variables, _frozen_at_random(config.model.backbone)
+    idle = [f"{key}={config[key]}" for key in ("init_part", "init_reset_classes") if config.get(key)]
+    lines = [f"warning: {' and '.join(idle)} without init_from: all weights start at random"] if idle else []
+    return variables, lines + _frozen_at_random(config.model.backbone)
 
 
 def _frozen_at_random(backbone: ml_collections.ConfigDict) -> list[str]:

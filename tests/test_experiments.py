@@ -114,8 +114,7 @@ def test_what_does_not_fit_is_refused_by_its_key(change, message):
         ("data.max_objects", -1, r"data\.max_objects is -1; it must be at least 0"),
         ("model.backbone.blocks", (1, 1, "a", 1), r"model\.backbone\.blocks is .*: 'a' is not a number"),
         ("model.rpn.sizes", ((1.0,), ("x",)), r"model\.rpn\.sizes is .*: 'x' is not a number"),
-        ("init_part", "backbone", r"init_part is 'backbone', but init_from is empty"),
-        ("init_reset_classes", True, r"init_reset_classes is True, but init_from is empty"),
+        ("optim.step_at", ((0.5,),), r"optim\.step_at is .*: \(0\.5,\) is not a number"),
     ],
 )
 def test_numbers_beyond_their_bounds_are_refused_before_anything_starts(tmp_path, key, value, message):

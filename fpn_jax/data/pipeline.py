@@ -88,7 +88,7 @@ class PipelineOptions:
             ("longest", [self.longest]),
             ("buckets", sum(self.buckets, ())),
         ):
-            if not all(isinstance(value, int) and value >= 1 for value in values):
+            if not all(value >= 1 and value == int(value) for value in values):
                 raise UserError(f"data.{name} is {getattr(self, name)}; give whole numbers of pixels, at least 1")
         for name, allowed in (("rounding", ROUNDINGS), ("interpolation", INTERPOLATIONS), ("pixels", PIXELS)):
             if getattr(self, name) not in allowed:

@@ -7,6 +7,7 @@ To add a neck: write a module {l: C_l} -> {l: P_l} in `fpn_jax/models/necks/`, p
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -273,13 +274,15 @@ def _check_number(key: str, value: Any, count: int) -> None:
         raise UserError(f"{key} is {value}; give {count} numbers")
     least, most = NUMBERS[key]
     rows = value if isinstance(value, tuple) else (value,)
-    for number in (number for row in rows for number in (row if isinstance(row, tuple) else (row,))):
-        if not isinstance(number, int | float):
+    if key == "model.rpn.sizes":  # a row for each level
+        rows = [number for row in rows for number in (row if isinstance(row, tuple) else (row,))]
+    for number in rows:
+        if not isinstance(number, numbers.Real):
             raise UserError(f"{key} is {value}: {number!r} is not a number; give numbers alone")
-        if not least <= number <= most:
-            bounds = "above 0" if least == _ABOVE_ZERO else f"at least {least}"
+        if not (least <= number <= most and math.isfinite(number)):
+            bounds = "above 0" if least == _ABOVE_ZERO else f"at least {least}" if least > -math.inf else "finite"
             bounds += f" and at most {most}" if most < math.inf else ""
-            raise UserError(f"{key} is {value}; {'it' if rows is not value else 'each'} must be {bounds}")
+            raise UserError(f"{key} is {value}; {'each' if isinstance(value, tuple) else 'it'} must be {bounds}")
 
 
 def _frozen(value: Any) -> Any:

@@ -13,6 +13,7 @@ import fcntl
 import json
 import logging
 import os
+import sys
 from pathlib import Path
 from typing import IO, Any
 
@@ -127,7 +128,7 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Until what is being written is on disk; raises `UserError` if it could not be written."""
-        for manager in (self._latest, self._best):
+        for manager in (self._latest, self._best, self._initial):
             self._guarded(manager, lambda: None)
 
     def __enter__(self) -> "Checkpoints":
@@ -137,9 +138,10 @@ class Checkpoints:
         """Wait and let go of the folders, also when the run ends by an error: what is being saved is still good."""
         try:
             self.wait()
-        except UserError:
+        except UserError as lost:
             if error is None:
                 raise
+            print(f"error: {lost}", file=sys.stderr, flush=True)  # beside what ends the run
         finally:
             self._latest.close()
             self._best.close()

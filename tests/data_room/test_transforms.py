@@ -105,6 +105,15 @@ def test_a_float32_canvas_is_not_rounded(size, flip):
             resize_into(canvas, image, (3, 3), interpolation, flip)
 
 
+@pytest.mark.parametrize("pixels", [np.uint8, np.float32])
+def test_an_image_is_mirrored_before_it_is_resized(pixels):
+    image = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
+    found, expected = np.zeros((2, 81, 107, 3), pixels)
+    resize_into(found, image, (81, 107), "linear", flip=True)
+    resize_into(expected, image[:, ::-1].copy(), (81, 107), "linear", flip=False)
+    np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize("size", [(90, 130), (20, 31), (53, 77), (100, 30), (20, 120), (1, 1)])
 @pytest.mark.parametrize("flip", [False, True])
 def test_antialias_is_pillows_to_the_bit(size, flip):

@@ -125,6 +125,16 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path):
     assert_same(state, make_state(1))
 
 
+def test_a_save_that_fails_is_told_beside_what_ends_the_run(tmp_path, capsys, monkeypatch):
+    def fails():
+        raise UserError("checkpoints: the checkpoint could not be written")
+
+    with pytest.raises(UserError, match="step 3: the loss"), Checkpoints(str(tmp_path), writes=True) as checkpoints:
+        monkeypatch.setattr(checkpoints, "wait", fails)
+        raise UserError("step 3: the loss is not finite")
+    assert capsys.readouterr().err == "error: checkpoints: the checkpoint could not be written\n"
+
+
 def test_a_workdir_is_claimed_by_one_process_at_a_time(tmp_path):
     config = ml_collections.ConfigDict({"seed": 3, "data": {"shorter": (1, 2)}})
     hold = (
