@@ -95,13 +95,12 @@ _NUMBERS = {
     "optim.adam_b2": (0, True, 1),
     "data.max_objects": (0, True, math.inf),
 }
-# Keys whose tuples hold numbers, and those that hold tuples of them. A neck of one's own may have keys of other kinds.
+# Keys of numbers in a row that have no bounds, for which the models look (`models.NUMBERS`). Other keys, of a neck of
+# one's own, may hold what they like.
 _ROWS = (
     "data.shorter",
     "data.max_proposals",
     "optim.step_at",
-    "model.pixels.mean",
-    "model.pixels.std",
     "model.backbone.blocks",
     "model.backbone.levels",
     "model.backbone.remat",
@@ -109,22 +108,17 @@ _ROWS = (
     "model.neck.levels",
     "model.neck.outputs",
     "model.rpn.levels",
-    "model.rpn.ratios",
-    "model.rpn.delta_weights",
     "model.box.levels",
-    "model.box.delta_weights",
     "model.box_head.separate_levels",
 )
-_TABLES = ("data.buckets", "model.rpn.sizes")
 
 
 def check_numbers(config: ml_collections.ConfigDict) -> None:
     """Raise a `UserError` that names the first number of a training which is none or lies beyond its bounds."""
     values = flat_values(config)
-    for key in (*_ROWS, *_TABLES):
+    for key in _ROWS:
         value = values.get(key, ())
-        held = _leaves(value) if key in _TABLES else value
-        strange = [x for x in held if not isinstance(x, int | float)]
+        strange = [x for x in value if not isinstance(x, int | float)]
         if strange:
             raise UserError(f"{key} is {value}: {strange[0]!r} is not a number; give numbers alone")
     for key, (least, itself, below) in _NUMBERS.items():
@@ -144,15 +138,6 @@ def check_numbers(config: ml_collections.ConfigDict) -> None:
             f"batch_size is {config.batch_size}, which accumulate={config.accumulate} does not divide; set one so that "
             "it does"
         )
-
-
-def _leaves(value: tuple) -> Iterator[Any]:
-    """What a tuple of tuples holds."""
-    for x in value:
-        if isinstance(x, tuple):
-            yield from _leaves(x)
-        else:
-            yield x
 
 
 def mesh_options(config: ml_collections.ConfigDict) -> sharding.MeshOptions:

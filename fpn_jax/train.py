@@ -185,7 +185,7 @@ def _regions(config: ml_collections.ConfigDict, train_split: Split, eval_split: 
         for key in ("proposals_train", "proposals_eval"):
             if config.data.get(key):
                 raise UserError(
-                    f"data.{key} is {config.data[key]!r}, but a {config.model.detector} makes its own proposals; "
+                    f"data.{key} is {config.data[key]!r}, but {config.model.detector} makes its own proposals; "
                     "leave it empty, or set model.detector=fast_rcnn"
                 )
         return {"train": None, "eval": None}

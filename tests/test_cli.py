@@ -42,6 +42,10 @@ def show(*arguments, cwd=ROOT):
         (("--config=experiments/demo.py", "--config.batch_size=many"), ["batch_size", "many"]),
         (("--config=experiments/demo.py", "--cofnig=4"), ["--cofnig", "--config?"]),
         (("--config=experiments/demo.py", "--config.batch_size=4", "8"), ["'8' is no flag", "without spaces"]),
+        (
+            ("--config=experiments/demo.py", "--config.model.neck.extra_level=maybe"),
+            ["extra_level=maybe: Non-boolean argument to boolean flag, maybe; give"],
+        ),
         (("--config=experiments/ablations/rpn.py:nope",), ["there is no size 'nope'", "correct it"]),
     ],
 )
@@ -67,6 +71,8 @@ def test_help_lists_the_flags_of_the_program_and_no_others():
         defined = re.findall(r"cli\.(?:flag\(\s*\"(\w+)\"|config_flag)", source)
         assert found == [name or "config" for name in defined]
         assert own is None or found == own
+    done = subprocess.run([sys.executable, "-m", "benchmarks.ops", "-h"], cwd=ROOT, capture_output=True, text=True)
+    assert re.findall(r"^  --(\w+)", done.stdout, re.MULTILINE) == ["quick", "output", "repeats"]  # those all share
 
 
 def test_overrides_arrive_and_the_folder_does_not_matter(tmp_path):

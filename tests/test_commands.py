@@ -117,6 +117,8 @@ def test_mistakes_are_one_line(trained, tmp_path):
     demo = ["train", "--config=experiments/demo.py", f"--workdir={workdir}", *arguments]
     assert "another architecture" in fails_in_one_line(run(*demo, "--config.model.neck.channels=16"))
     assert "batch_size" in fails_in_one_line(run(*demo, "--config.batch_size=4"))
+    idle = fails_in_one_line(run(*demo, "--config.data.proposals_train=x.npz"))
+    assert "data.proposals_train is 'x.npz', but faster_rcnn makes its own" in idle
     refused = fails_in_one_line(run("evaluate", f"--workdir={workdir}", "--split=nothere"))
     assert "'nothere'" in refused and "set --split to one of them" in refused
     assert "train there first" in fails_in_one_line(run("predict", f"--workdir={tmp_path}", "--output=x", ROOT))

@@ -11,6 +11,7 @@ import numbers
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from fpn_jax.errors import UserError
@@ -270,12 +271,10 @@ def _fields(key: str, cls: type, values: Mapping[str, Any], given: Collection[st
 
 def _check_number(key: str, value: Any, count: int) -> None:
     """Raises `UserError` unless the number, or each of a tuple or of a tuple of tuples, is one that NUMBERS allows."""
-    if count and not (isinstance(value, tuple) and len(value) == count):
-        raise UserError(f"{key} is {value}; give {count} numbers")
     least, most = NUMBERS[key]
     rows = value if isinstance(value, tuple) else (value,)
     if key == "model.rpn.sizes":  # a row for each level
-        rows = [number for row in rows for number in (row if isinstance(row, tuple) else (row,))]
+        rows = jax.tree.leaves(value)
     for number in rows:
         if not isinstance(number, numbers.Real):
             raise UserError(f"{key} is {value}: {number!r} is not a number; give numbers alone")
@@ -283,6 +282,8 @@ def _check_number(key: str, value: Any, count: int) -> None:
             bounds = "above 0" if least == _ABOVE_ZERO else f"at least {least}" if least > -math.inf else "finite"
             bounds += f" and at most {most}" if most < math.inf else ""
             raise UserError(f"{key} is {value}; {'each' if isinstance(value, tuple) else 'it'} must be {bounds}")
+    if count and not (isinstance(value, tuple) and len(value) == count):
+        raise UserError(f"{key} is {value}; give {count} numbers")
 
 
 def _frozen(value: Any) -> Any:
