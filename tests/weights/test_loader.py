@@ -81,6 +81,8 @@ def test_the_experiment_is_read_off_the_weights():
         UserError, match=r"resnet50: a torchvision or timm ResNet is no whole detector; say with --config="
     ):
         guess.experiment(shaped("resnet50"), "resnet50")
+    with pytest.raises(UserError, match=r"x\.pth: our own names do not tell the experiment; say with --config="):
+        guess.experiment({"params/backbone/stem_conv/kernel": np.zeros(1)}, "x.pth")
 
 
 @pytest.mark.parametrize("lost", ["layer1.0.conv1", "layer1.0.conv2", "layer1.0.conv3", "layer4.2.conv1"])
