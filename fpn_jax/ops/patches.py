@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fpn_jax.ops.platforms import by_platform
+from fpn_jax.ops.tiles import Windows, add_windows
 
 
 class Cells(NamedTuple):
@@ -34,66 +35,74 @@ def take_patches(pyramid: Mapping[int, jax.Array], cells: Cells, radius: int) ->
     Otherwise they become maps of zeros but for these rows, which are added to the others as a whole.
     """
 
-    def by_images(pyramid: dict[int, jax.Array], cells: Cells) -> tuple[Patches, dict[int, jax.Array]]:
-        return _take(pyramid, cells, radius, (0, 1, 2))
-
-    def by_cells(pyramid: dict[int, jax.Array], cells: Cells) -> tuple[Patches, dict[int, jax.Array]]:
-        return _take(pyramid, cells, radius, (1, 2, 0))
-
-    # A TPU keeps maps with the images next to the channels.
-    return by_platform(dict(pyramid), cells, tpu=by_cells, default=by_images)
+    return _take(dict(pyramid), cells, radius)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _take(
-    pyramid: dict[int, jax.Array], cells: Cells, radius: int, order: tuple[int, int, int]
-) -> tuple[Patches, dict[int, jax.Array]]:
-    """`order`: of images, rows and columns in the table of cells that is read from; for speed alone."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _take(pyramid: dict[int, jax.Array], cells: Cells, radius: int) -> tuple[Patches, dict[int, jax.Array]]:
     values, inside = jnp.zeros((), next(iter(pyramid.values())).dtype), jnp.array(False)
     for position, x in enumerate(pyramid.values()):
-        here, at = _places(x.shape, position, cells, radius, order)
-        table = jnp.transpose(x, (*order, 3)).reshape(-1, x.shape[-1])
+        here, at = _places(x.shape, position, cells, radius)
+        table = jnp.asarray(x).reshape(-1, x.shape[-1])
         values = jnp.where(here[..., None], table.at[at].get(mode="promise_in_bounds"), values)
         inside |= here
     return Patches(values, inside), pyramid
 
 
-def _places(
-    shape: tuple[int, ...], position: int, cells: Cells, radius: int, order: tuple[int, int, int]
-) -> tuple[jax.Array, jax.Array]:
+def _places(shape: tuple[int, ...], position: int, cells: Cells, radius: int) -> tuple[jax.Array, jax.Array]:
     """[b n k k] each: whether a cell of a patch is of the map of `shape`, and its row of the table, else any row."""
-    b, h, w, _ = shape
+    _, h, w, _ = shape
     steps = np.arange(-radius, radius + 1)
     image = np.arange(cells.row.shape[0])[:, None, None, None]
     row = (cells.row[..., None] + steps)[..., :, None]
     column = (cells.column[..., None] + steps)[..., None, :]
     here = (row >= 0) & (row < h) & (column >= 0) & (column < w) & (cells.position == position)[..., None, None]
-    places = ((image, b), (jnp.where(here, row, 0), h), (jnp.where(here, column, 0), w))
-    at = jnp.int32(0)
-    for axis in order:
-        place, length = places[axis]
-        at = at * length + place
+    at = (image * h + jnp.where(here, row, 0)) * w + jnp.where(here, column, 0)
     return here, at
 
 
 def _take_forward(
-    pyramid: dict[int, jax.Array], cells: Cells, radius: int, order: tuple[int, int, int]
+    pyramid: dict[int, jax.Array], cells: Cells, radius: int
 ) -> tuple[tuple[Patches, dict[int, jax.Array]], Cells]:
-    return _take(pyramid, cells, radius, order), cells
+    return _take(pyramid, cells, radius), cells
 
 
 def _take_backward(
-    radius: int, order: tuple[int, int, int], cells: Cells, gradients: tuple[Patches, dict[int, jax.Array]]
+    radius: int, cells: Cells, gradients: tuple[Patches, dict[int, jax.Array]]
 ) -> tuple[dict[int, jax.Array], None]:
     of_patches, of_maps = gradients
+    forms = {
+        "tpu": functools.partial(_add_by_tiles, radius=radius),
+        "default": functools.partial(_add_rows, radius=radius),
+    }
+    return by_platform(of_maps, of_patches.values, cells, **forms), None
+
+
+def _add_rows(maps: dict[int, jax.Array], values: jax.Array, cells: Cells, radius: int) -> dict[int, jax.Array]:
+    """Maps {l: [b h w c]} with the patches `values` [b n k k c] added to them."""
     totals = {}
-    for position, (level, x) in enumerate(of_maps.items()):
-        here, at = _places(x.shape, position, cells, radius, order)
-        there = jnp.transpose(x, (*order, 3))
-        added = jnp.where(here[..., None], of_patches.values, jnp.zeros_like(of_patches.values))
-        rows = there.reshape(-1, x.shape[-1]).at[at].add(added, mode="promise_in_bounds")
-        totals[level] = jnp.transpose(rows.reshape(there.shape), (*np.argsort(order).tolist(), 3))
-    return totals, None
+    for position, (level, x) in enumerate(maps.items()):
+        here, at = _places(x.shape, position, cells, radius)
+        added = jnp.where(here[..., None], values, jnp.zeros_like(values))
+        rows = x.reshape(-1, x.shape[-1]).at[at].add(added, mode="promise_in_bounds")
+        totals[level] = rows.reshape(x.shape)
+    return totals
+
+
+def _add_by_tiles(maps: dict[int, jax.Array], values: jax.Array, cells: Cells, radius: int) -> dict[int, jax.Array]:
+    """As `_add_rows`: a patch is a window whose bins are cells."""
+    (b, n, k), c = values.shape[:3], values.shape[-1]
+    inside = [_places(x.shape, position, cells, radius)[0] for position, x in enumerate(maps.values())]
+    values = jnp.where(functools.reduce(jnp.logical_or, inside)[..., None], values, jnp.zeros_like(values)).reshape(
+        b, n, k * k, c
+    )
+    row, column = (x.astype(jnp.float32) - radius - 0.5 for x in (cells.row, cells.column))
+    places = jnp.stack([row, jnp.ones_like(row), column, jnp.ones_like(row)], -1)
+    windows = Windows(k, 1, k * k)
+    return {
+        level: add_windows(values, places, cells.position == position, windows, x.shape[1:3], x)
+        for position, (level, x) in enumerate(maps.items())
+    }
 
 
 _take.defvjp(_take_forward, _take_backward)

@@ -1,7 +1,7 @@
 """RoIAlign (Mask R-CNN, arXiv 1703.06870, section 3) on one map and on a pyramid.
 
 Both read their RoIs from one table of cells, so that a RoI costs the same whatever the number of levels; on a TPU the
-pyramid's levels are read in place, see `roi_products`. Gradients flow to the features only, as in torchvision and
+pyramid's levels are read in tiles, see `roi_tiles`. Gradients flow to the features only, as in torchvision and
 detectron2: the RoIs are constants.
 """
 
@@ -17,8 +17,9 @@ import numpy as np
 from fpn_jax.ops.boxes import area
 from fpn_jax.ops.platforms import by_platform
 from fpn_jax.ops.roi_points import corner_and_sides, neighbours
-from fpn_jax.ops.roi_products import Sampling, align_by_products
+from fpn_jax.ops.roi_tiles import align_by_tiles
 from fpn_jax.ops.rounds import IMAGES, Pieces, Table, in_pieces, map_table, pyramid_table, sort_into_pieces
+from fpn_jax.ops.tiles import Windows
 
 
 def roi_levels(
@@ -30,9 +31,14 @@ def roi_levels(
     Source: FPN, equation 1; eps as in torchvision.
     """
     # Compared with the area where each level begins: a logarithm is not exact at the boundaries on all devices.
-    begins = np.float32([(canonical * 2.0 ** (level - k0 - eps)) ** 2 for level in levels[1:]])
+    begins = np.float32([_begin(level, k0, canonical, eps) for level in levels[1:]])
     position = (area(boxes.astype(jnp.float32))[..., None] >= begins).sum(-1, dtype=jnp.int32)
     return jnp.asarray(levels, jnp.int32)[position]
+
+
+def _begin(level: int, k0: int, canonical: float, eps: float) -> float:
+    """Pixels of the smallest RoI that is read from `level`, unless that is the lowest."""
+    return (canonical * 2.0 ** (level - k0 - eps)) ** 2
 
 
 def roi_align(
@@ -80,15 +86,17 @@ def multilevel_roi_align(
         parts, table = pyramid_table(pyramid, level)
         return _align_images(parts, rois, table, size, sampling_ratio, aligned)
 
-    def by_products(pyramid, rois, level):
+    def by_tiles(pyramid, rois, level):
         position = jnp.searchsorted(np.int32(levels), level, method="compare_all")
-        sampling = Sampling(tuple(2.0**-x for x in levels), size, sampling_ratio, aligned)
-        return align_by_products([pyramid[x] for x in levels], rois, position, sampling)
+        ends = [*(_begin(x, k0, canonical, eps) for x in levels[1:]), np.inf]
+        windows = [Windows(size, sampling_ratio, end / 4.0**x) for x, end in zip(levels, ends, strict=True)]
+        scales = [2.0**-x for x in levels]
+        return align_by_tiles([pyramid[x] for x in levels], rois, position, scales, windows, aligned)
 
     given = pyramid, rois, roi_levels(rois, levels, k0, canonical, eps)
     if sampling_ratio <= 0:
         return by_cells(*given)
-    return by_platform(*given, cpu=by_levels, tpu=by_products, default=by_cells)
+    return by_platform(*given, cpu=by_levels, tpu=by_tiles, default=by_cells)
 
 
 def _align_images(

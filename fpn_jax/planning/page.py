@@ -32,8 +32,8 @@ def describe(plan: StepPlan, machine: Slice | Hosts | None, rate: float) -> str:
             "",
             cycles_table(plan),
             "",
-            f"The rounds of {plan.assumed_loops} loops depend on the data, here {ROUNDS} each. Sorts, gathers and "
-            "scatters have no estimate: they come on top.",
+            f"The rounds of {plan.assumed_loops} loops depend on the data, here {ROUNDS} each. Sorts, gathers, "
+            "scatters and kernels of our own have no estimate: they come on top.",
         ]
     if plan.bounds:
         images = plan.images / plan.devices

@@ -53,14 +53,14 @@ def make_train_step(
 
     def loss_fn(params, batch_stats, batch, key):
         variables = {"params": place(params, ""), "batch_stats": batch_stats}
-        with compiling_for(platform):
-            found, updated = detector.apply(variables, batch, key, method="losses", mutable=["batch_stats"])
+        found, updated = detector.apply(variables, batch, key, method="losses", mutable=["batch_stats"])
         losses, statistics = found
         total = sum(losses.values())
         return total, ({"loss": total} | losses | statistics, updated.get("batch_stats", {}))
 
     def gradients(params, batch_stats, batch, key) -> tuple[Any, Any, Metrics]:
-        grads, (metrics, batch_stats) = jax.grad(loss_fn, has_aux=True)(params, batch_stats, batch, key)
+        with compiling_for(platform):
+            grads, (metrics, batch_stats) = jax.grad(loss_fn, has_aux=True)(params, batch_stats, batch, key)
         return place(grads), batch_stats, metrics
 
     def accumulated(params, batch_stats, batch, key) -> tuple[Any, Any, Metrics]:

@@ -5,20 +5,32 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fpn_jax.ops import patches
 from fpn_jax.ops.patches import Cells, take_patches
+from tests.imitation import forms_of
 
-GRIDS = {2: (5, 7), 3: (3, 4), 6: (1, 1)}
+GRIDS = {
+    "cpu": {2: (5, 7), 3: (3, 4), 6: (1, 1)},
+    # Whole tiles: where a map that is added to ends within one, jax's interpreter gets its shape wrong.
+    "tpu": {2: (32, 64), 3: (16, 64), 4: (16, 32), 6: (16, 32)},
+}
 IMAGES, CHANNELS, COUNT = 2, 3, 40
+
+
+def patches_of(grids):
+    """(pyramid, cells); of large maps half of them around the corner of four tiles, in level 4 none."""
+    rng = np.random.default_rng(0)
+    pyramid = {x: rng.normal(size=(IMAGES, *grid, CHANNELS)).astype(np.float32) for x, grid in grids.items()}
+    position = rng.choice([i for i, x in enumerate(grids) if x != 4], (IMAGES, COUNT)).astype(np.int32)
+    height, width = (np.int32(list(grids.values()))[position, axis] for axis in (0, 1))
+    row, column = (rng.integers(0, x, dtype=np.int32) for x in (height, width))
+    moved = (height > 18) & (rng.random(row.shape) < 0.5)
+    corner = rng.integers([14, 30], [18, 34], (*row.shape, 2), dtype=np.int32)
+    return pyramid, Cells(position, np.where(moved, corner[..., 0], row), np.where(moved, corner[..., 1], column))
 
 
 @pytest.fixture(scope="module")
 def given():
-    rng = np.random.default_rng(0)
-    pyramid = {x: rng.normal(size=(IMAGES, *grid, CHANNELS)).astype(np.float32) for x, grid in GRIDS.items()}
-    position = rng.integers(0, len(GRIDS), (IMAGES, COUNT), dtype=np.int32)
-    row, column = (np.int32(list(GRIDS.values()))[position, axis] for axis in (0, 1))
-    return pyramid, Cells(position, rng.integers(0, row, dtype=np.int32), rng.integers(0, column, dtype=np.int32))
+    return patches_of(GRIDS["cpu"])
 
 
 def slow(pyramid, cells, radius):
@@ -41,16 +53,17 @@ def test_patches_are_those_of_a_loop_over_cells(given, radius):
         np.testing.assert_array_equal(got, expected)
 
 
-@pytest.mark.parametrize("order", [(0, 1, 2), (1, 2, 0)])
-def test_the_gradient_adds_up_where_patches_overlap(given, order):
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_the_gradient_adds_up_where_patches_overlap(platform):
     """The sum of weights times values is linear: its gradient is how often, and with what weight, a cell is read."""
-    pyramid, cells = given
+    pyramid, cells = patches_of(GRIDS[platform])
     weights = np.random.default_rng(1).normal(size=(IMAGES, COUNT, 3, 3, CHANNELS)).astype(np.float32)
 
     def total(pyramid):
-        return (patches._take(pyramid, cells, 1, order)[0].values * weights).sum()
+        return (take_patches(pyramid, cells, 1)[0].values * weights).sum()
 
-    value, gradients = jax.jit(jax.value_and_grad(total))(pyramid)
+    with forms_of(platform):
+        value, gradients = jax.jit(jax.value_and_grad(total))(pyramid)
     assert value == pytest.approx((slow(pyramid, cells, 1)[0] * weights).sum(), rel=1e-4)
     for level, gradient in gradients.items():
         expected = np.zeros(gradient.shape)
@@ -62,22 +75,23 @@ def test_the_gradient_adds_up_where_patches_overlap(given, order):
         np.testing.assert_allclose(gradient, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("order", [(0, 1, 2), (1, 2, 0)])
-def test_gradients_of_the_maps_that_are_passed_on_come_on_top(given, order):
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_gradients_of_the_maps_that_are_passed_on_come_on_top(platform):
     """As if the maps themselves had been read: the sum of both gradients."""
-    pyramid, cells = given
+    pyramid, cells = patches_of(GRIDS[platform])
     rng = np.random.default_rng(2)
     weights = rng.normal(size=(IMAGES, COUNT, 3, 3, CHANNELS)).astype(np.float32)
     of_maps = {level: rng.normal(size=x.shape).astype(np.float32) for level, x in pyramid.items()}
 
     def total(pyramid, passed_on):
-        found, maps = patches._take(pyramid, cells, 1, order)
+        found, maps = take_patches(pyramid, cells, 1)
         later = maps if passed_on else pyramid
         return (found.values * weights).sum() + sum((later[x] * of_maps[x]).sum() for x in pyramid)
 
-    both, alone = (jax.jit(jax.grad(total), static_argnums=1)(pyramid, passed_on) for passed_on in (True, False))
+    with forms_of(platform):
+        both, alone = (jax.jit(jax.grad(total), static_argnums=1)(pyramid, passed_on) for passed_on in (True, False))
     for level, gradient in both.items():
-        assert np.abs(gradient - of_maps[level]).max() > 0.1
+        assert (np.abs(gradient - of_maps[level]).max() > 0.1) == (level != 4)
         np.testing.assert_allclose(gradient, alone[level], atol=1e-5)
 
 

@@ -1,0 +1,378 @@
+"""Windows of a map, read and added to by tiles of the map: kernels for TPUs.
+
+A TPU reads single rows of a table by a transfer each, and adds to them by reading and writing back the eight rows
+around each, sixteen at a time: RoIAlign's 784 rows a RoI would take longer than all convolutions of a step
+(benchmarks/LOG.md). Here a map is cut into tiles, and a kernel is given the pairs of a window and a tile that share
+cells. What a window has of a tile is then one product, [bins cells] @ [cells channels], and its gradient is
+[cells bins] @ [bins channels]. The pairs come window after window to read, so that the bins stay on the chip until they
+are complete, and tile after tile to add, where the same holds for the cells.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+# Rows and columns of cells in a tile, the first that will do. A RoI is about 20 x 20 cells large. Four times as many
+# cells as in the second need more than the 16 MiB of memory that a kernel is given.
+TILES = ((16, 32), (32, 64))
+MOST_NUMBERS = 190_000  # that a call is given: one for each pair, four for each window; scalar memory has 1 MiB
+_SUBLANES, _LANES = 16, 128  # of a register, of bfloat16
+
+
+class Windows(NamedTuple):
+    """What is the same for all windows: size x size bins, in each the mean of ratio x ratio points."""
+
+    size: int
+    ratio: int
+    area: float  # of the largest, in cells; inf: any
+
+
+class _Grid(NamedTuple):
+    """How a map is cut."""
+
+    height: int  # cells
+    width: int
+    tile: tuple[int, int]
+    most: int  # tiles that share cells with one window, at most
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of tiles."""
+        return -(-self.height // self.tile[0]), -(-self.width // self.tile[1])
+
+    def numbers(self, r: int) -> int:
+        """That say where an image's r windows are, and their pairs and one more for each tile."""
+        return r * (4 + self.most) + self.shape[0] * self.shape[1]
+
+
+def images_at_once(shapes: Sequence[tuple[int, ...]], r: int, windows: Sequence[Windows]) -> int:
+    """How many images of r windows in each of some maps a call has room for; shapes (b, h, w, c)."""
+    grids = (_cut(shape[1], shape[2], r, x) for shape, x in zip(shapes, windows, strict=True))
+    return min(MOST_NUMBERS // grid.numbers(r) for grid in grids)
+
+
+def read_windows(
+    feature: jax.Array, places: jax.Array, mine: jax.Array, windows: Windows, before: jax.Array | None
+) -> jax.Array:
+    """Bins of those windows that are `mine` bool [b r], read from `feature` [b h w c]: [b*r+1 bins c], as `before`.
+
+    places float32 [b r 4]: (y of the upper edge, height of a bin, x of the left edge, width of a bin), in cells, the
+    middle of the first cell at 0. A point more than a cell outside the map counts as 0, as in `roi_align`. The bins
+    are row after row, and then any number that mean nothing; all others are those of `before`, if it is given. What
+    is neither mine nor there before is anything, and so is the last window.
+    """
+    (b, r), c, n = mine.shape, feature.shape[-1], mine.size
+    grid = _cut(feature.shape[1], feature.shape[2], r, windows)
+    bins = _round_up(windows.size**2, _SUBLANES)
+    row, column, there = _pairs(places.reshape(n, 4), mine.reshape(n), grid, windows.size)
+    image, window = jnp.divmod(jnp.arange(n, dtype=jnp.int32)[:, None], r)
+    lengths = b + 1, r, *grid.shape
+    ids = jnp.where(there, _pack((image, window, row, column), lengths), _pack((b, 0, 0, 0), lengths))
+
+    def number_of(step, ids):
+        image, window, _, _ = _unpack(ids[step], lengths)
+        return image * r + window
+
+    def tile_of(step, ids, places):
+        image, _, row, column = _unpack(ids[step], lengths)
+        return jnp.minimum(image, b - 1), row, column, 0
+
+    def kernel(ids, places, cells, *refs):
+        out, total = refs[-2:]
+        step = pl.program_id(0)
+        first, last = _ends(ids, step, grid.shape)
+
+        @pl.when(first)
+        def _():
+            total[...] = jnp.zeros_like(total)
+
+        tile = _unpack(ids[step], lengths)[2:]
+        matrix, there = _matrix(places, number_of(step, ids), tile, grid, windows, bins)
+        # What a tile has beyond the map can be anything, even no number.
+        values = jnp.where(there, cells[0].reshape(-1, c), jnp.zeros((), cells.dtype))
+        total[...] += _times(matrix, values)
+
+        @pl.when(last)
+        def _():
+            out[0] = total[...].astype(out.dtype)
+
+    given, specs = [feature], [pl.BlockSpec((1, *grid.tile, c), tile_of)]
+    if before is not None:
+        given, specs = [*given, before], [*specs, pl.BlockSpec(memory_space=pl.ANY)]
+    return pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(jnp.maximum(there.sum(), 1),),  # at least one, of the last window
+            in_specs=specs,
+            out_specs=pl.BlockSpec((1, bins, c), lambda step, ids, places: (number_of(step, ids), 0, 0)),
+            scratch_shapes=[pltpu.VMEM((bins, c), jnp.float32)],
+        ),
+        out_shape=jax.ShapeDtypeStruct((n + 1, bins, c), feature.dtype),
+        input_output_aliases={} if before is None else {3: 0},
+        name="read_windows",
+    )(_in_order(ids), _with_one_more(places.reshape(n, 4)).reshape(-1), *given)
+
+
+def add_windows(
+    gradient: jax.Array,
+    places: jax.Array,
+    mine: jax.Array,
+    windows: Windows,
+    size: tuple[int, int],
+    before: jax.Array | None,
+) -> jax.Array:
+    """What `read_windows` passes back to its map of `size` (height, width): [b h w c], on top of `before`.
+
+    gradient [b r bins c], of which the first size * size bins count.
+    """
+    (b, r), c = mine.shape, gradient.shape[-1]
+    at_once = images_at_once([(b, *size, c)], r, [windows])
+    found = []
+    for images in (slice(i, i + at_once) for i in range(0, b, at_once)):
+        given = gradient[images], places[images], mine[images], windows, size
+        found.append(_add(*given, None if before is None else before[images]))
+    return jnp.concatenate(found)
+
+
+def _add(
+    gradient: jax.Array,
+    places: jax.Array,
+    mine: jax.Array,
+    windows: Windows,
+    size: tuple[int, int],
+    before: jax.Array | None,
+) -> jax.Array:
+    """`add_windows` for images at once."""
+    (b, r), c, n = mine.shape, gradient.shape[-1], mine.size
+    grid = _cut(*size, r, windows)
+    bins = _round_up(windows.size**2, _SUBLANES)
+    gradient = jnp.pad(gradient.reshape(n, -1, c), ((0, 0), (0, bins - gradient.shape[2]), (0, 0)))
+    row, column, there = _pairs(places.reshape(n, 4), mine.reshape(n), grid, windows.size)
+    image, window = jnp.divmod(jnp.arange(n, dtype=jnp.int32)[:, None], r)
+    lengths = b + 1, *grid.shape, r + 1  # r: no window
+    ids = jnp.where(there, _pack((image, row, column, window), lengths), _pack((b, 0, 0, r), lengths))
+    count = there.sum()
+    if before is None:  # all tiles are written, also those without a window
+        image, row, column = (x.reshape(-1, 1) for x in np.indices((b, *grid.shape), np.int32))
+        ids = jnp.concatenate([ids.reshape(-1, 1), _pack((image, row, column, r), lengths)])
+        count += len(image)
+
+    def tile_of(step, ids, places):
+        image, row, column, _ = _unpack(ids[step], lengths)
+        return jnp.minimum(image, b - 1), row, column, 0
+
+    def number_of(step, ids):
+        image, _, _, window = _unpack(ids[step], lengths)
+        return jnp.minimum(image, b - 1) * r + jnp.minimum(window, r - 1)
+
+    def kernel(ids, places, own, *refs):
+        out, total = refs[-2:]
+        step = pl.program_id(0)
+        _, *tile, window = _unpack(ids[step], lengths)
+        first, last = _ends(ids, step, (r + 1,))
+
+        @pl.when(first)
+        def _():
+            total[...] = (
+                jnp.zeros_like(total) if before is None else refs[0][0].reshape(total.shape).astype(total.dtype)
+            )
+
+        @pl.when(window < r)
+        def _():
+            matrix, _ = _matrix(places, number_of(step, ids), tile, grid, windows, bins)
+            total[...] += _times_transposed(matrix, own[0])
+
+        @pl.when(last)
+        def _():
+            out[0] = total[...].astype(out.dtype).reshape(out.shape[1:])
+
+    given, specs = [gradient], [pl.BlockSpec((1, bins, c), lambda step, ids, places: (number_of(step, ids), 0, 0))]
+    if before is not None:
+        given, specs = [*given, before], [*specs, pl.BlockSpec((1, *grid.tile, c), tile_of)]
+    return pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(jnp.maximum(count, 1),),
+            in_specs=specs,
+            out_specs=pl.BlockSpec((1, *grid.tile, c), tile_of),
+            scratch_shapes=[pltpu.VMEM((grid.tile[0] * grid.tile[1], c), jnp.float32)],
+        ),
+        out_shape=jax.ShapeDtypeStruct((b, *size, c), gradient.dtype),
+        input_output_aliases={} if before is None else {3: 0},
+        name="add_windows",
+    )(_in_order(ids), places.reshape(-1), *given)
+
+
+def _round_up(value: int, step: int) -> int:
+    return -(-value // step) * step
+
+
+def _with_one_more(x: jax.Array) -> jax.Array:
+    return jnp.pad(x, [(0, 1)] + [(0, 0)] * (x.ndim - 1))
+
+
+def _in_order(ids: jax.Array) -> jax.Array:
+    """Ids of any shape, the lowest first, and one more."""
+    ids = jax.lax.sort(ids.reshape(-1), is_stable=False)  # stable, a TPU would sort their numbers along with them
+    return _with_one_more(ids)
+
+
+def _pack(values: Sequence[Any], lengths: Sequence[int]) -> Any:
+    """One number that is in order as the `values` are, the first first; each is at least 0 and below its length.
+
+    In bits: a TPU's scalar unit has no division.
+    """
+    packed = 0
+    for value, bits in zip(values, _bits(lengths), strict=True):
+        packed = (packed << bits) + value
+    return packed
+
+
+def _unpack(packed: Any, lengths: Sequence[int]) -> tuple[Any, ...]:
+    """The values of a number that `_pack` made."""
+    values = []
+    for bits in reversed(_bits(lengths)):
+        values.append(packed & ((1 << bits) - 1))
+        packed >>= bits
+    return tuple(reversed(values))
+
+
+def _bits(lengths: Sequence[int]) -> list[int]:
+    bits = [(length - 1).bit_length() for length in lengths]
+    if sum(bits) > 31:
+        raise ValueError(f"{' x '.join(map(str, lengths))} pairs are too many to be numbered")
+    return bits
+
+
+@functools.cache
+def _cut(height: int, width: int, r: int, windows: Windows) -> _Grid:
+    """The smallest tiles of a map with which an image's r windows fit a call."""
+    for tile in TILES:
+        shape = -(-height // tile[0]), -(-width // tile[1])
+        grid = _Grid(height, width, tile, _most_tiles(shape, tile, windows.area))
+        if grid.numbers(r) <= MOST_NUMBERS:
+            return grid
+    raise ValueError(f"{r} windows of an image, on a map of {height} x {width} cells, are too many at once")
+
+
+def _most_tiles(shape: tuple[int, int], tile: tuple[int, int], area: float) -> int:
+    """Tiles of `shape` that a window of `area` cells, of any sides, shares cells with, at most.
+
+    It touches fewer than three cells more than its side is long.
+    """
+    most = 0
+    for rows in range(1, shape[0] + 1):
+        height = (rows - 2) * tile[0] - 1  # more than that, as it reaches both the first and the last of these rows
+        # A hundredth more, as areas and sides are rounded.
+        columns = int((1.01 * area / height + 1) // tile[1]) + 2 if height > 0 and np.isfinite(area) else shape[1]
+        most = max(most, rows * min(columns, shape[1]))
+    return most
+
+
+def _pairs(places: jax.Array, mine: jax.Array, grid: _Grid, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(row of tiles, column of tiles int32, there bool), [n most] each: the tiles of windows in `places` [n 4].
+
+    Windows that are not `mine` [n] have none, the others one at least.
+    """
+    first, number = [], []
+    for axis, length in enumerate((grid.height, grid.width)):
+        start, side = places[:, 2 * axis], places[:, 2 * axis + 1]
+        ends = [jnp.where(jnp.isfinite(x), x, 0) for x in (start, start + size * side)]
+        low, high = jnp.floor(jnp.minimum(*ends)), jnp.floor(jnp.maximum(*ends)) + 1
+        low, high = (jnp.clip(x, 0, length - 1).astype(jnp.int32) // grid.tile[axis] for x in (low, high))
+        first.append(low[:, None])
+        number.append((high - low + 1)[:, None])
+    k = jnp.arange(grid.most, dtype=jnp.int32)
+    row, column = jnp.divmod(k, number[1])
+    there = (row < number[0]) & mine[:, None]
+    return first[0] + row, first[1] + column, there
+
+
+def _ends(ids: Any, step: jax.Array, lengths: Sequence[int]) -> tuple[jax.Array, jax.Array]:
+    """Whether a step is the first, and the last, of those whose ids differ in the last values alone, of `lengths`."""
+
+    def of(at):
+        return ids[at] >> sum(_bits(lengths))
+
+    first = (step == 0) | (of(jnp.maximum(step - 1, 0)) != of(step))
+    return first, (step == pl.num_programs(0) - 1) | (of(step + 1) != of(step))
+
+
+def _matrix(
+    places: jax.Array,
+    window: jax.Array,
+    tile: tuple[jax.Array, jax.Array],
+    grid: _Grid,
+    windows: Windows,
+    bins: int,
+) -> tuple[jax.Array, jax.Array]:
+    """(weights float32 [bins cells] of a tile's cells in the bins of a window, which cells [cells 1] the map has).
+
+    places: those of all windows, one after another, in scalar memory; tile: its row and column.
+    """
+    (rows, columns), cells = grid.tile, grid.tile[0] * grid.tile[1]
+
+    def cell(shape, axis):
+        number = jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+        return jax.lax.div(number, columns) + tile[0] * rows, jax.lax.rem(number, columns) + tile[1] * columns
+
+    number = jax.lax.broadcasted_iota(jnp.int32, (bins, 1), 0).astype(jnp.float32)
+    bin_y = jnp.floor((number + 0.5) / windows.size)
+    bin_x = number - windows.size * bin_y
+    y, x = ((places[4 * window + i], places[4 * window + i + 1]) for i in (0, 2))
+    weights_y = _weights(*y, grid.height, bin_y, cell((1, cells), 1)[0], windows)
+    part = max(columns, _LANES)  # columns repeat in every row of the tile
+    weights_x = _weights(*x, grid.width, bin_x, cell((1, part), 1)[1], windows)
+    of_map = cell((cells, 1), 0)
+    there = (of_map[0] < grid.height) & (of_map[1] < grid.width)
+    return weights_y * jnp.concatenate([weights_x] * (cells // part), 1), there
+
+
+def _weights(
+    start: jax.Array, side: jax.Array, length: int, bin: jax.Array, cell: jax.Array, windows: Windows
+) -> jax.Array:
+    """What cells [1 n] along an axis weigh in bins [m 1] of side `side` from `start` on: float32 [m n].
+
+    As of `roi_points.neighbours`: what a cell weighs in a point falls from the point's place to 0 over one cell.
+    """
+    total, cell = 0.0, cell.astype(jnp.float32)
+    for point in range(windows.ratio):
+        at = start + bin * side + (point + 0.5) / windows.ratio * side
+        counts = (at >= -1) & (at <= length) & (bin < windows.size)
+        at = jnp.where(counts, jnp.clip(at, 0, length - 1), 0)
+        total += jnp.where(counts, 1 / windows.ratio, 0) * jnp.maximum(1 - jnp.abs(cell - at), 0)
+    return total
+
+
+def _times(matrix: jax.Array, values: jax.Array) -> jax.Array:
+    """matrix float32 [bins cells] @ values [cells c] -> float32 [bins c]."""
+    parts = _parts(matrix, values.dtype)
+    out = _product(parts, values, ((1,), (0,)))
+    return out.reshape(-1, *matrix.shape[:1], out.shape[-1]).sum(0)
+
+
+def _times_transposed(matrix: jax.Array, values: jax.Array) -> jax.Array:
+    """(matrix float32 [bins cells]).T @ values [bins c] -> float32 [cells c]."""
+    parts = _parts(matrix, values.dtype)
+    return _product(parts, jnp.concatenate([values] * (len(parts) // len(matrix))), ((0,), (0,)))
+
+
+def _parts(matrix: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """A matrix in `dtype`, or of bfloat16 two below each other, rounded and what the rounding took."""
+    if dtype == jnp.float32:
+        return matrix
+    rounded = matrix.astype(dtype)
+    return jnp.concatenate([rounded, (matrix - rounded.astype(jnp.float32)).astype(dtype)])
+
+
+def _product(a: jax.Array, b: jax.Array, axes: tuple[tuple[int], tuple[int]]) -> jax.Array:
+    precision = "highest" if a.dtype == jnp.float32 else None
+    return jax.lax.dot_general(a, b, (axes, ((), ())), precision=precision, preferred_element_type=jnp.float32)

@@ -1,0 +1,61 @@
+"""Which tiles of a map a window is read from: all that it touches, and never more than there is room for."""
+
+import numpy as np
+import pytest
+
+from fpn_jax.ops import tiles
+from fpn_jax.ops.tiles import Windows, _cut, _pack, _pairs, _unpack
+
+
+def windows_of(area, n=4000):
+    """Windows of up to `area` cells with 7 x 7 bins, of all sides, also wide, high and empty ones: float32 [n 4]."""
+    rng = np.random.default_rng(0)
+    height = np.exp(rng.uniform(-1, np.log(300), n))
+    width = area / height * np.where(rng.random(n) < 0.5, 1, rng.random(n))
+    start = rng.uniform(-20, [110, 190], (n, 2))
+    # The worst: touching one cell more at both ends.
+    start[::2] = np.floor(start[::2]) + 0.999
+    return np.stack([start[:, 0], height / 7, start[:, 1], width / 7], 1).astype(np.float32)
+
+
+@pytest.mark.parametrize("area", [9.0, 784.0, 3000.0])
+@pytest.mark.parametrize("size", [(104, 168), (50, 21), (3, 5)])
+def test_pairs_are_all_tiles_that_a_window_touches(size, area):
+    places, mine = windows_of(area), np.random.default_rng(1).random(4000) < 0.9
+    grid = _cut(*size, 100, Windows(7, 2, area))
+    row, column, there = (np.asarray(x) for x in _pairs(places, mine, grid, 7))
+    assert grid.shape == (-(-size[0] // 16), -(-size[1] // 32))
+    for i in range(len(places)):
+        expected = []
+        if mine[i]:
+            ends = []
+            for axis in (0, 1):
+                low = np.floor(places[i, 2 * axis])
+                high = np.floor(places[i, 2 * axis] + np.float32(7) * places[i, 2 * axis + 1]) + 1
+                ends.append(np.clip([low, high], 0, size[axis] - 1).astype(int) // grid.tile[axis])
+            (top, bottom), (left, right) = ends
+            expected = [(y, x) for y in range(top, bottom + 1) for x in range(left, right + 1)]
+        assert list(zip(row[i][there[i]], column[i][there[i]], strict=True)) == expected
+
+
+@pytest.mark.parametrize("lengths", [(2, 5, 13, 11), (9, 513, 1, 1), (1, 1, 1, 7)])
+def test_packed_numbers_are_in_order(lengths):
+    values = list(np.ndindex(*lengths))
+    packed = [_pack(value, lengths) for value in values]
+    assert packed == sorted(set(packed)) and max(packed) < 2**31
+    assert [_unpack(x, lengths) for x in packed] == values
+
+
+def test_more_pairs_than_int32_has_numbers_are_refused():
+    with pytest.raises(ValueError, match="100000 x 1000 x 20 x 20 pairs are too many"):
+        _pack((0, 0, 0, 0), (100000, 1000, 20, 20))
+
+
+def test_tiles_grow_with_the_number_of_windows_until_there_is_no_room():
+    windows = Windows(7, 2, float("inf"))
+    assert _cut(208, 336, 1000, windows).tile == (16, 32)
+    assert _cut(208, 336, 2000, windows).tile == (32, 64)
+    assert tiles.images_at_once([(8, 208, 336, 256)], 1000, [windows]) == 1
+    assert tiles.images_at_once([(8, 208, 336, 256), (8, 104, 168, 256)], 512, [Windows(7, 2, 784.0)] * 2) == 12
+    with pytest.raises(ValueError, match="20000 windows of an image, on a map of 208 x 336 cells"):
+        _cut(208, 336, 20000, windows)
