@@ -48,7 +48,7 @@ def _align(
         out = None  # each RoI is of one map, so that all of it is written in the end
         for i, (x, place, window) in enumerate(zip(maps, places, windows, strict=True)):
             out = read_windows(x[images], place[images], position[images] == i, window, out)
-        found.append(out[:-1, : size**2])
+        found.append(out[:-1])
     return jnp.concatenate(found).reshape(b, r, size, size, c)
 
 

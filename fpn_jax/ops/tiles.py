@@ -60,12 +60,11 @@ def images_at_once(shapes: Sequence[tuple[int, ...]], r: int, windows: Sequence[
 def read_windows(
     feature: jax.Array, places: jax.Array, mine: jax.Array, windows: Windows, before: jax.Array | None
 ) -> jax.Array:
-    """Bins of those windows that are `mine` bool [b r], read from `feature` [b h w c]: [b*r+1 bins c], as `before`.
+    """Bins of those windows that are `mine` bool [b r], from `feature` [b h w c]: [b*r+1 size*size c], as `before`.
 
     places float32 [b r 4]: (y of the upper edge, height of a bin, x of the left edge, width of a bin), in cells, the
     middle of the first cell at 0. A point more than a cell outside the map counts as 0, as in `roi_align`. The bins
-    are row after row, and then any number that mean nothing; all others are those of `before`, if it is given. What
-    is neither mine nor there before is anything, and so is the last window.
+    are row after row; those of other windows are as in `before`, or anything if it is None, as are the last window's.
     """
     (b, r), c, n = mine.shape, feature.shape[-1], mine.size
     grid = _cut(feature.shape[1], feature.shape[2], r, windows)
@@ -100,7 +99,7 @@ def read_windows(
 
         @pl.when(last)
         def _():
-            out[0] = total[...].astype(out.dtype)
+            out[0] = total[: windows.size**2].astype(out.dtype)
 
     given, specs = [feature], [pl.BlockSpec((1, *grid.tile, c), tile_of)]
     if before is not None:
@@ -111,10 +110,10 @@ def read_windows(
             num_scalar_prefetch=2,
             grid=(jnp.maximum(there.sum(), 1),),  # at least one, of the last window
             in_specs=specs,
-            out_specs=pl.BlockSpec((1, bins, c), lambda step, ids, places: (number_of(step, ids), 0, 0)),
+            out_specs=pl.BlockSpec((1, windows.size**2, c), lambda step, ids, places: (number_of(step, ids), 0, 0)),
             scratch_shapes=[pltpu.VMEM((bins, c), jnp.float32)],
         ),
-        out_shape=jax.ShapeDtypeStruct((n + 1, bins, c), feature.dtype),
+        out_shape=jax.ShapeDtypeStruct((n + 1, windows.size**2, c), feature.dtype),
         input_output_aliases={} if before is None else {3: 0},
         name="read_windows",
     )(_in_order(ids), _with_one_more(places.reshape(n, 4)).reshape(-1), *given)
@@ -130,7 +129,7 @@ def add_windows(
 ) -> jax.Array:
     """What `read_windows` passes back to its map of `size` (height, width): [b h w c], on top of `before`.
 
-    gradient [b r bins c], of which the first size * size bins count.
+    gradient [b r size*size c].
     """
     (b, r), c = mine.shape, gradient.shape[-1]
     at_once = images_at_once([(b, *size, c)], r, [windows])
@@ -153,7 +152,7 @@ def _add(
     (b, r), c, n = mine.shape, gradient.shape[-1], mine.size
     grid = _cut(*size, r, windows)
     bins = _round_up(windows.size**2, _SUBLANES)
-    gradient = jnp.pad(gradient.reshape(n, -1, c), ((0, 0), (0, bins - gradient.shape[2]), (0, 0)))
+    gradient = gradient.reshape(n, -1, c)
     row, column, there = _pairs(places.reshape(n, 4), mine.reshape(n), grid, windows.size)
     image, window = jnp.divmod(jnp.arange(n, dtype=jnp.int32)[:, None], r)
     lengths = b + 1, *grid.shape, r + 1  # r: no window
@@ -187,13 +186,17 @@ def _add(
         @pl.when(window < r)
         def _():
             matrix, _ = _matrix(places, number_of(step, ids), tile, grid, windows, bins)
-            total[...] += _times_transposed(matrix, own[0])
+            more = jnp.zeros((bins - own.shape[1], c), own.dtype)
+            total[...] += _times_transposed(matrix, jnp.concatenate([own[0], more]))
 
         @pl.when(last)
         def _():
             out[0] = total[...].astype(out.dtype).reshape(out.shape[1:])
 
-    given, specs = [gradient], [pl.BlockSpec((1, bins, c), lambda step, ids, places: (number_of(step, ids), 0, 0))]
+    given, specs = (
+        [gradient],
+        [pl.BlockSpec((1, *gradient.shape[1:]), lambda step, ids, places: (number_of(step, ids), 0, 0))],
+    )
     if before is not None:
         given, specs = [*given, before], [*specs, pl.BlockSpec((1, *grid.tile, c), tile_of)]
     return pl.pallas_call(
