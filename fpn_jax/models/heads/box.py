@@ -185,8 +185,9 @@ def box_losses(
     """
     count = jnp.maximum(rois.valid.sum(), 1)
     cross_entropy = softmax_ce(logits, rois.labels)
-    slot = jnp.where(rois.positive, rois.labels, 0)
-    pred = jnp.take_along_axis(deltas, slot[..., None, None], axis=2)[..., 0, :]
+    # Picked by a mask, whose gradient is a mask again, where that of an index would be added row by row.
+    own = jnp.arange(deltas.shape[2]) == jnp.where(rois.positive, rois.labels, 0)[..., None]
+    pred = jnp.where(own[..., None], deltas, 0).sum(2)
     target = box_ops.encode(rois.gt_boxes, rois.boxes, settings.delta_weights)
     box_loss = smooth_l1(pred, target, settings.beta).sum(-1)
     losses = {
