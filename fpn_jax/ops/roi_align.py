@@ -74,7 +74,8 @@ def multilevel_roi_align(
 ) -> jax.Array:
     """Features of RoIs, [b r size size c], each from the level of the pyramid {l: [b h w c]} that `roi_levels` names.
 
-    rois [b r 4] in pixels; a cell of level l is 2**l pixels wide. The rest as for `roi_align` and `roi_levels`.
+    rois [b r 4] in pixels; a cell of level l is 2**l pixels wide. The rest as for `roi_align` and `roi_levels`. Of a
+    batch on several TPUs call it inside of `shard_map`: its kernels are not split up by themselves.
     """
     levels = sorted(pyramid)
 
@@ -89,7 +90,10 @@ def multilevel_roi_align(
     def by_tiles(pyramid, rois, level):
         position = jnp.searchsorted(np.int32(levels), level, method="compare_all")
         ends = [*(_begin(x, k0, canonical, eps) for x in levels[1:]), np.inf]
-        windows = [Windows(size, sampling_ratio, end / 4.0**x) for x, end in zip(levels, ends, strict=True)]
+        areas = [end / 4.0**x for x, end in zip(levels, ends, strict=True)]
+        if aligned:
+            areas[0] = np.inf  # where those are read whose sides are below 0, of any length
+        windows = [Windows(size, sampling_ratio, x) for x in areas]
         scales = [2.0**-x for x in levels]
         return align_by_tiles([pyramid[x] for x in levels], rois, position, scales, windows, aligned)
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fpn_jax.ops.roi_points import corner_and_sides
-from fpn_jax.ops.tiles import Windows, add_windows, images_at_once, read_windows
+from fpn_jax.ops.tiles import Windows, add_windows, calls, read_windows
 
 
 def align_by_tiles(
@@ -21,8 +21,8 @@ def align_by_tiles(
     """Features of RoIs, [b r size size c], each from one of the maps [b h w c]: position int32 [b r] tells which.
 
     rois [b r 4] in pixels; of each map: scales, cells per pixel, and windows, all with as many bins. The sums are in
-    float32; gradients flow to the maps only. A cell that is no number makes features of other RoIs near it no numbers,
-    too.
+    float32; gradients flow to the maps only. What is no number reaches further than elsewhere: a cell all RoIs of its
+    tile, see `ops.tiles`, and a RoI's gradient all cells of its tiles.
     """
     size = windows[0].size
     if position.size == 0:
@@ -43,13 +43,14 @@ def _align(
     maps: tuple[jax.Array, ...], places: tuple[jax.Array, ...], position: jax.Array, windows: tuple[Windows, ...]
 ) -> jax.Array:
     (b, r), c, size = position.shape, maps[0].shape[-1], windows[0].size
-    at_once, found = images_at_once([x.shape for x in maps], r, windows), []
-    for images in (slice(i, i + at_once) for i in range(0, b, at_once)):
+    found = {}
+    for images, some in calls(b, r, [x.shape[1:3] for x in maps], windows):
         out = None  # each RoI is of one map, so that all of it is written in the end
         for i, (x, place, window) in enumerate(zip(maps, places, windows, strict=True)):
-            out = read_windows(x[images], place[images], position[images] == i, window, out)
-        found.append(out[:-1])
-    return jnp.concatenate(found).reshape(b, r, size, size, c)
+            out = read_windows(x[images], place[images, some], position[images, some] == i, window, out)
+        found.setdefault(images.start, []).append(out[:-1].reshape(-1, *position[images, some].shape[1:], size**2, c))
+    out = jnp.concatenate([jnp.concatenate(x, axis=1) for x in found.values()])
+    return out.reshape(b, r, size, size, c)
 
 
 def _align_forward(maps, places, position, windows):

@@ -8,7 +8,6 @@ cells. What a window has of a tile is then one product, [bins cells] @ [cells ch
 are complete, and tile after tile to add, where the same holds for the cells.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,9 +17,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-# Rows and columns of cells in a tile, the first that will do. A RoI is about 20 x 20 cells large. Four times as many
-# cells as in the second need more than the 16 MiB of memory that a kernel is given.
-TILES = ((16, 32), (32, 64))
+TILE = (16, 32)  # rows and columns of cells, powers of two; a RoI is about 20 x 20 cells large
 MOST_NUMBERS = 190_000  # that a call is given: one for each pair, four for each window; scalar memory has 1 MiB
 _SUBLANES, _LANES = 16, 128  # of a register, of bfloat16
 
@@ -36,25 +33,21 @@ class Windows(NamedTuple):
 class _Grid(NamedTuple):
     """How a map is cut."""
 
-    height: int  # cells
-    width: int
-    tile: tuple[int, int]
+    size: tuple[int, int]  # height, width in cells
+    shape: tuple[int, int]  # rows and columns of tiles
     most: int  # tiles that share cells with one window, at most
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and columns of tiles."""
-        return -(-self.height // self.tile[0]), -(-self.width // self.tile[1])
-
-    def numbers(self, r: int) -> int:
-        """That say where an image's r windows are, and their pairs and one more for each tile."""
-        return r * (4 + self.most) + self.shape[0] * self.shape[1]
+    def tiles(self) -> int:
+        return self.shape[0] * self.shape[1]
 
 
-def images_at_once(shapes: Sequence[tuple[int, ...]], r: int, windows: Sequence[Windows]) -> int:
-    """How many images of r windows in each of some maps a call has room for; shapes (b, h, w, c)."""
-    grids = (_cut(shape[1], shape[2], r, x) for shape, x in zip(shapes, windows, strict=True))
-    return min(MOST_NUMBERS // grid.numbers(r) for grid in grids)
+def calls(b: int, r: int, sizes: Sequence[tuple[int, int]], windows: Sequence[Windows]) -> list[tuple[slice, slice]]:
+    """The (images, windows of each) of b and r that a call has room for, in all of the maps of (height, width)."""
+    grids = [_cut(size, x) for size, x in zip(sizes, windows, strict=True)]
+    fit = max(min((MOST_NUMBERS - grid.tiles) // (4 + grid.most) for grid in grids), 1)
+    images = 1 if fit < r else min(MOST_NUMBERS // (grid.tiles + r * (4 + grid.most)) for grid in grids)
+    return [(slice(i, i + images), slice(j, j + fit)) for i in range(0, b, images) for j in range(0, r, fit)]
 
 
 def read_windows(
@@ -67,8 +60,8 @@ def read_windows(
     are row after row; those of other windows are as in `before`, or anything if it is None, as are the last window's.
     """
     (b, r), c, n = mine.shape, feature.shape[-1], mine.size
-    grid = _cut(feature.shape[1], feature.shape[2], r, windows)
-    bins = _round_up(windows.size**2, _SUBLANES)
+    grid = _cut(feature.shape[1:3], windows)
+    bins = _round_up(windows.size**2, _SUBLANES)  # in whole registers
     row, column, there = _pairs(places.reshape(n, 4), mine.reshape(n), grid, windows.size)
     image, window = jnp.divmod(jnp.arange(n, dtype=jnp.int32)[:, None], r)
     lengths = b + 1, r, *grid.shape
@@ -92,23 +85,23 @@ def read_windows(
             total[...] = jnp.zeros_like(total)
 
         tile = _unpack(ids[step], lengths)[2:]
-        matrix, there = _matrix(places, number_of(step, ids), tile, grid, windows, bins)
+        matrix, of_map = _matrix(places, number_of(step, ids), tile, grid, windows, bins)
         # What a tile has beyond the map can be anything, even no number.
-        values = jnp.where(there, cells[0].reshape(-1, c), jnp.zeros((), cells.dtype))
+        values = jnp.where(of_map, cells[0].reshape(-1, c), jnp.zeros((), cells.dtype))
         total[...] += _times(matrix, values)
 
         @pl.when(last)
         def _():
             out[0] = total[: windows.size**2].astype(out.dtype)
 
-    given, specs = [feature], [pl.BlockSpec((1, *grid.tile, c), tile_of)]
+    given, specs = [feature], [pl.BlockSpec((1, *TILE, c), tile_of)]
     if before is not None:
         given, specs = [*given, before], [*specs, pl.BlockSpec(memory_space=pl.ANY)]
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(jnp.maximum(there.sum(), 1),),  # at least one, of the last window
+            grid=(jnp.maximum(there.sum(dtype=jnp.int32), 1),),  # at least one, of the last window
             in_specs=specs,
             out_specs=pl.BlockSpec((1, windows.size**2, c), lambda step, ids, places: (number_of(step, ids), 0, 0)),
             scratch_shapes=[pltpu.VMEM((bins, c), jnp.float32)],
@@ -132,12 +125,14 @@ def add_windows(
     gradient [b r size*size c].
     """
     (b, r), c = mine.shape, gradient.shape[-1]
-    at_once = images_at_once([(b, *size, c)], r, [windows])
-    found = []
-    for images in (slice(i, i + at_once) for i in range(0, b, at_once)):
-        given = gradient[images], places[images], mine[images], windows, size
-        found.append(_add(*given, None if before is None else before[images]))
-    return jnp.concatenate(found)
+    if mine.size == 0:
+        return jnp.zeros((b, *size, c), gradient.dtype) if before is None else before
+    found = {}
+    for images, some in calls(b, r, [size], [windows]):
+        total = found.get(images.start, None if before is None else before[images])
+        given = gradient[images, some], places[images, some], mine[images, some]
+        found[images.start] = _add(*given, windows, size, total)
+    return jnp.concatenate(list(found.values()))
 
 
 def _add(
@@ -148,16 +143,16 @@ def _add(
     size: tuple[int, int],
     before: jax.Array | None,
 ) -> jax.Array:
-    """`add_windows` for images at once."""
+    """`add_windows` in one call."""
     (b, r), c, n = mine.shape, gradient.shape[-1], mine.size
-    grid = _cut(*size, r, windows)
+    grid = _cut(size, windows)
     bins = _round_up(windows.size**2, _SUBLANES)
     gradient = gradient.reshape(n, -1, c)
     row, column, there = _pairs(places.reshape(n, 4), mine.reshape(n), grid, windows.size)
     image, window = jnp.divmod(jnp.arange(n, dtype=jnp.int32)[:, None], r)
     lengths = b + 1, *grid.shape, r + 1  # r: no window
     ids = jnp.where(there, _pack((image, row, column, window), lengths), _pack((b, 0, 0, r), lengths))
-    count = there.sum()
+    count = there.sum(dtype=jnp.int32)
     if before is None:  # all tiles are written, also those without a window
         image, row, column = (x.reshape(-1, 1) for x in np.indices((b, *grid.shape), np.int32))
         ids = jnp.concatenate([ids.reshape(-1, 1), _pack((image, row, column, r), lengths)])
@@ -198,15 +193,15 @@ def _add(
         [pl.BlockSpec((1, *gradient.shape[1:]), lambda step, ids, places: (number_of(step, ids), 0, 0))],
     )
     if before is not None:
-        given, specs = [*given, before], [*specs, pl.BlockSpec((1, *grid.tile, c), tile_of)]
+        given, specs = [*given, before], [*specs, pl.BlockSpec((1, *TILE, c), tile_of)]
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(jnp.maximum(count, 1),),
             in_specs=specs,
-            out_specs=pl.BlockSpec((1, *grid.tile, c), tile_of),
-            scratch_shapes=[pltpu.VMEM((grid.tile[0] * grid.tile[1], c), jnp.float32)],
+            out_specs=pl.BlockSpec((1, *TILE, c), tile_of),
+            scratch_shapes=[pltpu.VMEM((TILE[0] * TILE[1], c), jnp.float32)],
         ),
         out_shape=jax.ShapeDtypeStruct((b, *size, c), gradient.dtype),
         input_output_aliases={} if before is None else {3: 0},
@@ -255,28 +250,24 @@ def _bits(lengths: Sequence[int]) -> list[int]:
     return bits
 
 
-@functools.cache
-def _cut(height: int, width: int, r: int, windows: Windows) -> _Grid:
-    """The smallest tiles of a map with which an image's r windows fit a call."""
-    for tile in TILES:
-        shape = -(-height // tile[0]), -(-width // tile[1])
-        grid = _Grid(height, width, tile, _most_tiles(shape, tile, windows.area))
-        if grid.numbers(r) <= MOST_NUMBERS:
-            return grid
-    raise ValueError(f"{r} windows of an image, on a map of {height} x {width} cells, are too many at once")
+def _cut(size: tuple[int, int], windows: Windows) -> _Grid:
+    shape = -(-size[0] // TILE[0]), -(-size[1] // TILE[1])
+    return _Grid(size, shape, _most_tiles(shape, windows.area))
 
 
-def _most_tiles(shape: tuple[int, int], tile: tuple[int, int], area: float) -> int:
-    """Tiles of `shape` that a window of `area` cells, of any sides, shares cells with, at most.
+def _most_tiles(shape: tuple[int, int], area: float) -> int:
+    """Tiles of `shape` that a window of up to `area` cells, of any sides of at least 0, shares cells with.
 
-    It touches fewer than three cells more than its side is long.
+    It touches fewer than `side + 3` cells along an axis: those that its ends lie in and the next one. Such that reach
+    into n tiles of length t fill n - 2 of them and have a cell in two more.
     """
     most = 0
     for rows in range(1, shape[0] + 1):
-        height = (rows - 2) * tile[0] - 1  # more than that, as it reaches both the first and the last of these rows
-        # A hundredth more, as areas and sides are rounded.
-        columns = int((1.01 * area / height + 1) // tile[1]) + 2 if height > 0 and np.isfinite(area) else shape[1]
-        most = max(most, rows * min(columns, shape[1]))
+        height = (rows - 2) * TILE[0] + 2 - 3  # more than that
+        columns = shape[1]
+        if height > 0 and np.isfinite(area):  # a hundredth more, as areas and sides are rounded
+            columns = min(columns, int((1.01 * area / height + 3 - 2) // TILE[1]) + 2)
+        most = max(most, rows * columns)
     return most
 
 
@@ -286,11 +277,11 @@ def _pairs(places: jax.Array, mine: jax.Array, grid: _Grid, size: int) -> tuple[
     Windows that are not `mine` [n] have none, the others one at least.
     """
     first, number = [], []
-    for axis, length in enumerate((grid.height, grid.width)):
+    for axis, length in enumerate(grid.size):
         start, side = places[:, 2 * axis], places[:, 2 * axis + 1]
         ends = [jnp.where(jnp.isfinite(x), x, 0) for x in (start, start + size * side)]
         low, high = jnp.floor(jnp.minimum(*ends)), jnp.floor(jnp.maximum(*ends)) + 1
-        low, high = (jnp.clip(x, 0, length - 1).astype(jnp.int32) // grid.tile[axis] for x in (low, high))
+        low, high = (jnp.clip(x, 0, length - 1).astype(jnp.int32) // TILE[axis] for x in (low, high))
         first.append(low[:, None])
         number.append((high - low + 1)[:, None])
     k = jnp.arange(grid.most, dtype=jnp.int32)
@@ -317,41 +308,42 @@ def _matrix(
     windows: Windows,
     bins: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """(weights float32 [bins cells] of a tile's cells in the bins of a window, which cells [cells 1] the map has).
+    """(weights float32 [bins cells] of a tile's cells in a window's bins, which of the cells the map has [cells 1]).
 
+    Bins from size * size on mean nothing.
     places: those of all windows, one after another, in scalar memory; tile: its row and column.
     """
-    (rows, columns), cells = grid.tile, grid.tile[0] * grid.tile[1]
+    (rows, columns), cells = TILE, TILE[0] * TILE[1]
 
     def cell(shape, axis):
-        number = jax.lax.broadcasted_iota(jnp.int32, shape, axis)
-        return jax.lax.div(number, columns) + tile[0] * rows, jax.lax.rem(number, columns) + tile[1] * columns
+        row, column = _unpack(jax.lax.broadcasted_iota(jnp.int32, shape, axis), TILE)
+        return row + tile[0] * rows, column + tile[1] * columns
 
     number = jax.lax.broadcasted_iota(jnp.int32, (bins, 1), 0).astype(jnp.float32)
     bin_y = jnp.floor((number + 0.5) / windows.size)
     bin_x = number - windows.size * bin_y
     y, x = ((places[4 * window + i], places[4 * window + i + 1]) for i in (0, 2))
-    weights_y = _weights(*y, grid.height, bin_y, cell((1, cells), 1)[0], windows)
+    weights_y = _weights(*y, grid.size[0], bin_y, cell((1, cells), 1)[0], windows.ratio)
     part = max(columns, _LANES)  # columns repeat in every row of the tile
-    weights_x = _weights(*x, grid.width, bin_x, cell((1, part), 1)[1], windows)
-    of_map = cell((cells, 1), 0)
-    there = (of_map[0] < grid.height) & (of_map[1] < grid.width)
-    return weights_y * jnp.concatenate([weights_x] * (cells // part), 1), there
+    weights_x = _weights(*x, grid.size[1], bin_x, cell((1, part), 1)[1], windows.ratio)
+    row, column = cell((cells, 1), 0)
+    of_map = (row < grid.size[0]) & (column < grid.size[1])
+    return weights_y * jnp.concatenate([weights_x] * (cells // part), 1), of_map
 
 
 def _weights(
-    start: jax.Array, side: jax.Array, length: int, bin: jax.Array, cell: jax.Array, windows: Windows
+    start: jax.Array, side: jax.Array, length: int, number: jax.Array, cell: jax.Array, ratio: int
 ) -> jax.Array:
-    """What cells [1 n] along an axis weigh in bins [m 1] of side `side` from `start` on: float32 [m n].
+    """What cells [1 n] along an axis weigh in bins of `number` [m 1], of side `side` from `start` on: float32 [m n].
 
     As of `roi_points.neighbours`: what a cell weighs in a point falls from the point's place to 0 over one cell.
     """
     total, cell = 0.0, cell.astype(jnp.float32)
-    for point in range(windows.ratio):
-        at = start + bin * side + (point + 0.5) / windows.ratio * side
-        counts = (at >= -1) & (at <= length) & (bin < windows.size)
+    for point in range(ratio):
+        at = start + number * side + (point + 0.5) / ratio * side
+        counts = (at >= -1) & (at <= length)
         at = jnp.where(counts, jnp.clip(at, 0, length - 1), 0)
-        total += jnp.where(counts, 1 / windows.ratio, 0) * jnp.maximum(1 - jnp.abs(cell - at), 0)
+        total += jnp.where(counts, 1 / ratio, 0) * jnp.maximum(1 - jnp.abs(cell - at), 0)
     return total
 
 

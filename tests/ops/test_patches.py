@@ -1,10 +1,13 @@
 """Patches against loops over their cells, at borders and corners and on maps smaller than they are."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fpn_jax.ops import patches, tiles
 from fpn_jax.ops.patches import Cells, take_patches
 from tests.imitation import forms_of
 
@@ -93,6 +96,28 @@ def test_gradients_of_the_maps_that_are_passed_on_come_on_top(platform):
     for level, gradient in both.items():
         assert (np.abs(gradient - of_maps[level]).max() > 0.1) == (level != 4)
         np.testing.assert_allclose(gradient, alone[level], atol=1e-5)
+
+
+@pytest.mark.parametrize("room", [190_000, 600])
+def test_tiles_that_end_beyond_the_map(monkeypatch, room):
+    """By jax's simple interpreter, which knows no uninitialised memory; some cells or some images at a time."""
+    monkeypatch.setattr(tiles, "MOST_NUMBERS", room)
+    monkeypatch.setattr(tiles.pl, "pallas_call", functools.partial(tiles.pl.pallas_call, interpret=True))
+    pyramid, cells = patches_of({2: (21, 37), 3: (3, 4), 4: (5, 33), 6: (1, 1)})
+    values = np.random.default_rng(1).normal(size=(IMAGES, COUNT, 3, 3, CHANNELS)).astype(np.float32)
+    found, expected = (
+        jax.jit(functools.partial(form, radius=1))(pyramid, values, cells)
+        for form in (patches._add_by_tiles, patches._add_rows)
+    )
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), found, expected)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_no_cells(platform):
+    pyramid, none = patches_of(GRIDS["tpu"])[0], Cells(*np.zeros((3, IMAGES, 0), np.int32))
+    with forms_of(platform):
+        grad = jax.jit(jax.grad(lambda x: take_patches(x, none, 1)[1][2].sum()))(pyramid)
+    assert {level: float(x.mean()) for level, x in grad.items()} == {2: 1.0, 3: 0.0, 4: 0.0, 6: 0.0}
 
 
 def test_what_lies_at_other_levels_does_not_get_in(given):

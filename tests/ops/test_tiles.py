@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fpn_jax.ops import tiles
-from fpn_jax.ops.tiles import Windows, _cut, _pack, _pairs, _unpack
+from fpn_jax.ops.tiles import Windows, _cut, _pack, _pairs, _unpack, calls
 
 
 def windows_of(area, n=4000):
@@ -13,8 +13,10 @@ def windows_of(area, n=4000):
     height = np.exp(rng.uniform(-1, np.log(300), n))
     width = area / height * np.where(rng.random(n) < 0.5, 1, rng.random(n))
     start = rng.uniform(-20, [110, 190], (n, 2))
-    # The worst: touching one cell more at both ends.
-    start[::2] = np.floor(start[::2]) + 0.999
+    # The worst: touching the last cell of a tile, and at its end the first of another.
+    start[::2] = 16 * np.floor(start[::2] / 16) + 14.999
+    height[::2] = 16 * np.floor(height[::2] / 16) + 0.002
+    width[::2] = area / height[::2]
     return np.stack([start[:, 0], height / 7, start[:, 1], width / 7], 1).astype(np.float32)
 
 
@@ -22,7 +24,7 @@ def windows_of(area, n=4000):
 @pytest.mark.parametrize("size", [(104, 168), (50, 21), (3, 5)])
 def test_pairs_are_all_tiles_that_a_window_touches(size, area):
     places, mine = windows_of(area), np.random.default_rng(1).random(4000) < 0.9
-    grid = _cut(*size, 100, Windows(7, 2, area))
+    grid = _cut(size, Windows(7, 2, area))
     row, column, there = (np.asarray(x) for x in _pairs(places, mine, grid, 7))
     assert grid.shape == (-(-size[0] // 16), -(-size[1] // 32))
     for i in range(len(places)):
@@ -32,7 +34,7 @@ def test_pairs_are_all_tiles_that_a_window_touches(size, area):
             for axis in (0, 1):
                 low = np.floor(places[i, 2 * axis])
                 high = np.floor(places[i, 2 * axis] + np.float32(7) * places[i, 2 * axis + 1]) + 1
-                ends.append(np.clip([low, high], 0, size[axis] - 1).astype(int) // grid.tile[axis])
+                ends.append(np.clip([low, high], 0, size[axis] - 1).astype(int) // tiles.TILE[axis])
             (top, bottom), (left, right) = ends
             expected = [(y, x) for y in range(top, bottom + 1) for x in range(left, right + 1)]
         assert list(zip(row[i][there[i]], column[i][there[i]], strict=True)) == expected
@@ -51,11 +53,20 @@ def test_more_pairs_than_int32_has_numbers_are_refused():
         _pack((0, 0, 0, 0), (100000, 1000, 20, 20))
 
 
-def test_tiles_grow_with_the_number_of_windows_until_there_is_no_room():
-    windows = Windows(7, 2, float("inf"))
-    assert _cut(208, 336, 1000, windows).tile == (16, 32)
-    assert _cut(208, 336, 2000, windows).tile == (32, 64)
-    assert tiles.images_at_once([(8, 208, 336, 256)], 1000, [windows]) == 1
-    assert tiles.images_at_once([(8, 208, 336, 256), (8, 104, 168, 256)], 512, [Windows(7, 2, 784.0)] * 2) == 12
-    with pytest.raises(ValueError, match="20000 windows of an image, on a map of 208 x 336 cells"):
-        _cut(208, 336, 20000, windows)
+def test_calls_are_as_large_as_there_is_room():
+    base, any_size = Windows(7, 2, 784.0), Windows(7, 2, float("inf"))
+    sizes = [(208, 336), (104, 168)]
+    assert calls(30, 512, sizes, [base] * 2)[:2] == [(slice(0, 12), slice(0, 6328)), (slice(12, 24), slice(0, 6328))]
+    assert calls(2, 2000, sizes[:1], [any_size])[:2] == [
+        (slice(0, 1), slice(0, 1291)),
+        (slice(0, 1), slice(1291, 2582)),
+    ]
+    for b, r in ((0, 5), (5, 0)):
+        assert calls(b, r, sizes, [base] * 2) == []
+    for b, r in ((3, 20000), (64, 300)):
+        seen = np.zeros((b, r), int)
+        for images, some in calls(b, r, sizes, [base, any_size]):
+            seen[images, some] += 1
+            most = max(_cut(sizes[0], base).most, _cut(sizes[1], any_size).most)
+            assert seen[images, some].size * (4 + most) <= tiles.MOST_NUMBERS
+        assert (seen == 1).all()
