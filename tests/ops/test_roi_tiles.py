@@ -44,7 +44,7 @@ def both_ways(pyramid, rois, gradient, platform, forms=forms_of, **settings):
 
     @jax.jit
     def run(pyramid, rois, gradient):
-        out, pull = jax.vjp(lambda x: multilevel_roi_align(x, rois, canonical=30.0, **settings), pyramid)
+        out, pull = jax.vjp(lambda x: multilevel_roi_align(x, rois, **{"canonical": 30.0} | settings), pyramid)
         return out, pull(gradient)[0]
 
     with forms(platform):
@@ -59,6 +59,15 @@ def test_same_as_of_cells(sampling_ratio, aligned, size):
     settings = {"sampling_ratio": sampling_ratio, "aligned": aligned, "size": size}
     found, expected = (both_ways(pyramid, rois, gradient, platform, **settings) for platform in ("tpu", "cpu"))
     jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5), found, expected)
+
+
+def test_the_largest_rois_of_a_level():
+    """They touch more tiles than narrow ones of the same area can."""
+    rois = np.float32([[[3, 3, 114, 114], [30, 30, 141, 141], [60, 62, 254, 125], [1, 1, 200, 120]]] * 2)
+    assert roi_levels(rois[0], LEVELS).tolist() == [2, 2, 2, 3]
+    gradient = np.random.default_rng(2).normal(size=(2, 4, 3, 3, 3)).astype(np.float32)
+    both = (both_ways(pyramid_of(), rois, gradient, x, size=3, canonical=224.0) for x in ("tpu", "cpu"))
+    jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5), *both)
 
 
 @pytest.mark.parametrize("room", [400, 1500])

@@ -40,6 +40,14 @@ def test_pairs_are_all_tiles_that_a_window_touches(size, area):
         assert list(zip(row[i][there[i]], column[i][there[i]], strict=True)) == expected
 
 
+def test_a_window_can_touch_as_many_tiles_as_there_is_room_for():
+    """From the last cell of a tile over whole ones to the first of another, though hardly longer than those."""
+    places = np.float32([[15.999, 31.002 / 7, 31.999, 31.002 / 7]])
+    grid = _cut((64, 96), Windows(7, 2, 31.002**2))
+    _, _, there = _pairs(places, np.array([True]), grid, 7)
+    assert there.sum() == grid.most == 12
+
+
 @pytest.mark.parametrize("lengths", [(2, 5, 13, 11), (9, 513, 1, 1), (1, 1, 1, 7)])
 def test_packed_numbers_are_in_order(lengths):
     values = list(np.ndindex(*lengths))
