@@ -188,10 +188,8 @@ def _add(
         def _():
             out[0] = total[...].astype(out.dtype).reshape(out.shape[1:])
 
-    given, specs = (
-        [gradient],
-        [pl.BlockSpec((1, *gradient.shape[1:]), lambda step, ids, places: (number_of(step, ids), 0, 0))],
-    )
+    of_window = pl.BlockSpec((1, *gradient.shape[1:]), lambda step, ids, places: (number_of(step, ids), 0, 0))
+    given, specs = [gradient], [of_window]
     if before is not None:
         given, specs = [*given, before], [*specs, pl.BlockSpec((1, *TILE, c), tile_of)]
     return pl.pallas_call(
