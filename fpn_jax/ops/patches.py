@@ -34,7 +34,6 @@ def take_patches(pyramid: Mapping[int, jax.Array], cells: Cells, radius: int) ->
     the few rows of the squares' gradient are then added to the gradient of what was read later, in its own memory.
     Otherwise they become maps of zeros but for these rows, which are added to the others as a whole.
     """
-
     return _take(dict(pyramid), cells, radius)
 
 
@@ -93,9 +92,8 @@ def _add_by_tiles(maps: dict[int, jax.Array], values: jax.Array, cells: Cells, r
     """As `_add_rows`: a patch is a window whose bins are cells."""
     (b, n, k), c = values.shape[:3], values.shape[-1]
     inside = [_places(x.shape, position, cells, radius)[0] for position, x in enumerate(maps.values())]
-    values = jnp.where(functools.reduce(jnp.logical_or, inside)[..., None], values, jnp.zeros_like(values)).reshape(
-        b, n, k * k, c
-    )
+    values = jnp.where(functools.reduce(jnp.logical_or, inside)[..., None], values, jnp.zeros_like(values))
+    values = values.reshape(b, n, k * k, c)
     row, column = (x.astype(jnp.float32) - radius - 0.5 for x in (cells.row, cells.column))
     places = jnp.stack([row, jnp.ones_like(row), column, jnp.ones_like(row)], -1)
     windows = Windows(k, 1, k * k)

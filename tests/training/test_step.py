@@ -73,6 +73,8 @@ def test_the_step_can_be_translated_for_every_platform(config, make_batch, platf
     text = traced.lower(lowering_platforms=(platform,)).as_text()
     assert "stablehlo.convolution" in text
     assert ("inlineable" in text) == (platform == "cpu")
+    # Nor are they traced for them, forward or backward, which would make a start longer.
+    assert ("pallas_call" in str(traced.jaxpr)) == (platform == "tpu")
 
 
 def test_losses_fall_on_one_batch_and_the_gradient_reaches_every_part(config, make_batch):
