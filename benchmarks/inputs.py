@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from fpn_jax.models.heads.rpn import RPNSettings, make_anchors
+from fpn_jax.models.heads.rpn import RPNSettings, anchor_grids
+from fpn_jax.ops.anchors import AnchorGrid
 
 RPN_IOU, CLASS_IOU, MATCHING_IOU, DETECTIONS = 0.7, 0.5, (0.7, 0.3), 100  # what the detectors have
 CLASSES = 90  # of torchvision's COCO detectors, background not counted
@@ -80,12 +81,16 @@ def pyramid(
     return maps, rois(rng, count, height, width), gradient
 
 
-def objects_and_anchors(seed: int, count: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """(`count` objects' boxes [m 4], all anchors of P2 to P6 [r 4])."""
+def objects(seed: int, count: int, height: int, width: int) -> np.ndarray:
+    """`count` boxes [m 4]."""
+    return boxes_in(np.random.default_rng(seed), count, height, width)
+
+
+def anchors(height: int, width: int) -> dict[int, AnchorGrid]:
+    """Those of P2 to P6."""
     settings = RPNSettings()
     grids = {level: (-(-height // 2**level), -(-width // 2**level)) for level in settings.levels}
-    anchors = np.concatenate(list(make_anchors(settings, grids, (height, width)).values()))
-    return boxes_in(np.random.default_rng(seed), count, height, width), anchors
+    return anchor_grids(settings, grids, (height, width))
 
 
 def rois(rng: np.random.Generator, count: int, height: int, width: int) -> np.ndarray:

@@ -20,7 +20,7 @@ from experiments.faster_rcnn_r50_fpn import get_config
 from fpn_jax.common import set_up_jax
 from fpn_jax.errors import UserError
 from fpn_jax.models import build_detector
-from fpn_jax.ops.matching import match_boxes
+from fpn_jax.models.heads import rpn
 from fpn_jax.ops.nms import nms, nms_top
 from fpn_jax.ops.roi_align import multilevel_roi_align
 from fpn_jax.training import sharding
@@ -199,9 +199,12 @@ def operations(height: int, width: int, channels: int, sizes: Mapping[str, int])
         pooled, pull = jax.vjp(lambda pyramid: multilevel_roi_align(pyramid, rois), pyramid)
         return pooled, pull(gradient)[0]
 
+    high, low = inputs.MATCHING_IOU
+    settings, grids = rpn.RPNSettings(positive_iou=high, negative_iou=low), inputs.anchors(height, width)
+
     @jax.jit
-    def matched(boxes, anchors):
-        return match_boxes(boxes, anchors, jnp.ones(len(boxes), bool), *inputs.MATCHING_IOU, True)
+    def matched(boxes):
+        return rpn.match_anchors(settings, grids, boxes, jnp.ones(len(boxes), bool))
 
     def program(function: Callable, make: Callable, count: int, outputs: Callable) -> Program:
         def prepare(seed: int) -> Any:
@@ -223,15 +226,15 @@ def operations(height: int, width: int, channels: int, sizes: Mapping[str, int])
     def gradients(found: Any) -> dict[str, np.ndarray]:
         return {"pooled": found[0][0]} | {f"P{level}": x[0] for level, x in found[1].items()}
 
-    def anchors(seed: int, count: int) -> Any:
-        return inputs.objects_and_anchors(seed, count, height, width)
+    def objects(seed: int, count: int) -> Any:
+        return (inputs.objects(seed, count, height, width),)
 
     programs = {
         "nms": program(keep, crowd, sizes["nms"], lambda kept: {"kept": np.flatnonzero(kept)}),
         "nms of classes": program(top, crowd, sizes["nms of classes"], best),
         "RoIAlign": program(align, pyramid, sizes["RoIAlign"], lambda out: {"pooled": out[0]}),
         "RoIAlign with gradient": program(both_ways, pyramid, sizes["RoIAlign with gradient"], gradients),
-        "matching": program(matched, anchors, sizes["matching"], lambda found: {"matched": found}),
+        "matching": program(matched, objects, sizes["matching"], lambda found: {"matched": found}),
     }
     return Made(programs, _facts())
 

@@ -6,6 +6,7 @@ No training: anchors and objects of the evaluation split decide. Where one row's
 objects, the loss hardly sees the small ones.
 """
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -16,7 +17,6 @@ from fpn_jax.data.pipeline import eval_batches
 from fpn_jax.models import build_detector
 from fpn_jax.models.heads import rpn
 from fpn_jax.models.rpn import RPN
-from fpn_jax.ops.matching import match_boxes
 from fpn_jax.sweep import check_rows
 from fpn_jax.variants import changed
 
@@ -27,18 +27,15 @@ EDGES = (8, 16, 32, 64, 128)  # pixels of sqrt(area) in the resized image; open 
 def positives(settings: rpn.RPNSettings, batches: Sequence[dict[str, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
     """(objects, positive anchors) by octave, both [len(EDGES) + 1], over batches of one image each."""
     objects, anchors_of = np.zeros(len(EDGES) + 1), np.zeros(len(EDGES) + 1)
-    quality = settings.low_quality_matches
 
-    @jax.jit
-    def matched(boxes, valid, anchors):
-        return match_boxes(boxes, anchors, valid, settings.positive_iou, settings.negative_iou, quality)
+    @functools.partial(jax.jit, static_argnums=0)
+    def matched(image_size, boxes, valid):
+        grids = {level: tuple(-(-side // 2**level) for side in image_size) for level in settings.levels}
+        return rpn.match_anchors(settings, rpn.anchor_grids(settings, grids, image_size), boxes, valid)
 
     for batch in batches:
-        image_size = batch["image"].shape[1:3]
-        grids = {level: tuple(-(-side // 2**level) for side in image_size) for level in settings.levels}
-        anchors = np.concatenate(list(rpn.make_anchors(settings, grids, image_size).values()))
         boxes, valid = batch["boxes"][0], batch["valid"][0]
-        found = np.asarray(matched(boxes, valid, anchors))
+        found = np.asarray(matched(batch["image"].shape[1:3], boxes, valid))
         count = np.bincount(found[found >= 0], minlength=len(boxes))[valid]
         sides = np.sqrt(np.prod(boxes[valid, 2:] - boxes[valid, :2], axis=1))
         octave = np.searchsorted(EDGES, sides, side="right")

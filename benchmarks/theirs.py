@@ -16,6 +16,7 @@ from benchmarks import inputs
 from benchmarks.parity import weights
 from benchmarks.parity.theirs import in_index_order, load
 from benchmarks.timing import Made, Program
+from fpn_jax.models.heads.rpn import boxes_of
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -119,7 +120,8 @@ def operations(height: int, width: int, channels: int, sizes: Mapping[str, int])
         return planes, _tensor(rois), _tensor(gradient.transpose(0, 3, 1, 2).copy())
 
     def anchors(seed: int, count: int) -> Any:
-        return tuple(map(_tensor, inputs.objects_and_anchors(seed, count, height, width)))
+        given = inputs.objects(seed, count, height, width), np.asarray(boxes_of(inputs.anchors(height, width)))
+        return tuple(map(_tensor, given))
 
     def kept(index: torch.Tensor) -> dict[str, np.ndarray]:
         return {"kept": np.sort(_numpy({"": index})[""])}

@@ -93,10 +93,11 @@ def training(detector: FasterRCNN) -> Callable[..., tuple[Any, Any]]:
         pyramid = self.features(batch.image, batch.size, True)
         predicted = self.predict_anchors(pyramid, batch.image.shape[1:3])
         proposals = self.propose(*predicted, batch.size, True)
-        anchors = jnp.concatenate(list(predicted[2].values()))
+        anchors = self.anchor_grids(pyramid, batch.image.shape[1:3])
 
         def label(boxes, valid):
-            return rpn.label_anchors(self.rpn_settings, anchors, boxes, valid, None)
+            matched = rpn.match_anchors(self.rpn_settings, anchors, boxes, valid)
+            return matched, rpn.draw_matched(self.rpn_settings, matched, None)
 
         keys = jax.random.split(jax.random.key(0), batch.image.shape[0])  # unused: nothing is drawn
         rois = box.sample_rois(

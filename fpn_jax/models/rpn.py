@@ -9,6 +9,7 @@ import numpy as np
 
 from fpn_jax.models.detector import Detector, Scalars, count_levels, image_keys
 from fpn_jax.models.heads import rpn
+from fpn_jax.ops.anchors import AnchorGrid
 from fpn_jax.ops.boxes import iou
 from fpn_jax.types import Batch, Detections
 
@@ -52,10 +53,14 @@ class RPN(Detector, kw_only=True):
             found = head.apply(jax.lax.stop_gradient(variables), jax.lax.stop_gradient(self._read(pyramid)))
             return *found, self.anchors(pyramid, image_size)
 
+    def anchor_grids(self, pyramid: dict[int, jax.Array], image_size: tuple[int, int]) -> dict[int, AnchorGrid]:
+        """How the anchors of an image of `image_size` (height, width) lie on each map."""
+        grids = {level: x.shape[1:3] for level, x in self._read(pyramid).items()}
+        return rpn.anchor_grids(self.rpn_settings, grids, image_size)
+
     def anchors(self, pyramid: dict[int, jax.Array], image_size: tuple[int, int]) -> dict[int, jax.Array]:
         """Anchors {l: [r 4]} of an image of `image_size` (height, width)."""
-        grids = {level: x.shape[1:3] for level, x in self._read(pyramid).items()}
-        return rpn.make_anchors(self.rpn_settings, grids, image_size)
+        return {level: grid.boxes() for level, grid in self.anchor_grids(pyramid, image_size).items()}
 
     def anchor_losses(
         self, pyramid: dict[int, jax.Array], batch: Batch, keys: jax.Array
@@ -64,7 +69,7 @@ class RPN(Detector, kw_only=True):
 
         The pyramid is for whoever reads it next, see `take_patches`.
         """
-        anchors = self.anchors(pyramid, batch.image.shape[1:3])
+        anchors = self.anchor_grids(pyramid, batch.image.shape[1:3])
         with jax.named_scope("rpn_losses"):
             drawn = rpn.draw_anchors(self.rpn_settings, anchors, batch.boxes, batch.valid, keys, self.per_device)
             *predicted, read = self.rpn_head.of_drawn(self._read(pyramid), drawn.index, self.per_device)

@@ -28,10 +28,18 @@ def iou(a: jax.Array, b: jax.Array) -> jax.Array:
     """
     ax1, ay1, ax2, ay2 = (x[:, None] for x in _columns(a))
     bx1, by1, bx2, by2 = _columns(b)
-    w = jnp.maximum(jnp.minimum(ax2, bx2) - jnp.maximum(ax1, bx1), 0)
-    h = jnp.maximum(jnp.minimum(ay2, by2) - jnp.maximum(ay1, by1), 0)
+    return iou_of_overlap(overlap_of(ax1, ax2, bx1, bx2), overlap_of(ay1, ay2, by1, by2), area(a)[:, None], area(b))
+
+
+def overlap_of(a1: jax.Array, a2: jax.Array, b1: jax.Array, b2: jax.Array) -> jax.Array:
+    """What intervals from a1 to a2 and from b1 to b2 have in common, at least 0; elementwise."""
+    return jnp.maximum(jnp.minimum(a2, b2) - jnp.maximum(a1, b1), 0)
+
+
+def iou_of_overlap(w: jax.Array, h: jax.Array, area_a: jax.Array, area_b: jax.Array) -> jax.Array:
+    """IoU of boxes that have w x h pixels in common, elementwise. Where w or h grow it never falls, however rounded."""
     inter = jnp.minimum(w * h, _LARGEST)
-    union = jnp.minimum(area(a), _LARGEST)[:, None] + jnp.minimum(area(b), _LARGEST) - inter
+    union = jnp.minimum(area_a, _LARGEST) + jnp.minimum(area_b, _LARGEST) - inter
     return inter / jnp.where(inter > 0, union, 1)
 
 

@@ -1,5 +1,7 @@
 """Which object each anchor or proposal answers for."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -23,69 +25,64 @@ def match(iou: jax.Array, valid: jax.Array, high: float, low: float, low_quality
     """
     if iou.size == 0:
         return jnp.full(iou.shape[1:], BELOW, jnp.int32)
-    return _decide(*_best(iou, iou.max(axis=1), valid, 0, low_quality), valid, high, low)
+    return _decide(*_best(iou, iou.max(axis=1) if low_quality else None, valid, 0), valid, high, low)
 
 
 def match_boxes(
-    objects: jax.Array, boxes: jax.Array, valid: jax.Array, high: float, low: float, low_quality: bool
+    objects: jax.Array,
+    boxes: jax.Array,
+    valid: jax.Array,
+    high: float,
+    low: float,
+    highest: jax.Array | None = None,
 ) -> jax.Array:
-    """`match` of the IoU of objects [m 4] with boxes [r 4], without the matrix [m r] in memory."""
-    rules = high, low, low_quality
-    return by_platform(
-        objects,
-        boxes,
-        valid,
-        cpu=lambda *x: match_in_groups(*x, *rules),
-        default=lambda *x: match_at_once(*x, *rules),
-    )
+    """`match` of the IoU of objects [m 4] with boxes [r 4], without the matrix [m r] in memory.
+
+    highest [m]: each object's highest IoU with all boxes, the very bits of `boxes.iou`, for the ties of low_quality;
+    None leaves those out. Anchors know it without the matrix, see `AnchorGrid.highest_iou`.
+    """
+    if not len(objects) or not len(boxes):
+        return jnp.full(len(boxes), BELOW, jnp.int32)
+    forms = {"cpu": match_in_groups, "default": match_at_once}
+    forms = {name: functools.partial(form, high=high, low=low) for name, form in forms.items()}
+    return by_platform(objects, boxes, valid, highest, **forms)
 
 
 def match_at_once(
-    objects: jax.Array, boxes: jax.Array, valid: jax.Array, high: float, low: float, low_quality: bool
+    objects: jax.Array, boxes: jax.Array, valid: jax.Array, highest: jax.Array | None, high: float, low: float
 ) -> jax.Array:
-    """`match_boxes` by two reductions, each of which computes the IoU itself: a barrier keeps XLA's GPU compiler from
-    making the second's matrix out of the first's, which it would write to memory (a TPU's does not)."""
-    if not len(objects) or not len(boxes):
-        return jnp.full(len(boxes), BELOW, jnp.int32)
-    # The test for ties needs the very same bits from both, see `boxes.iou`.
-    highest = iou_of(jax.lax.optimization_barrier(objects), boxes).max(axis=1)
-    return _decide(*_best(iou_of(objects, boxes), highest, valid, 0, low_quality), valid, high, low)
+    """`match_boxes` by a reduction that computes the IoU itself."""
+    return _decide(*_best(iou_of(objects, boxes), highest, valid, 0), valid, high, low)
 
 
 def match_in_groups(
-    objects: jax.Array, boxes: jax.Array, valid: jax.Array, high: float, low: float, low_quality: bool
+    objects: jax.Array, boxes: jax.Array, valid: jax.Array, highest: jax.Array | None, high: float, low: float
 ) -> jax.Array:
     """`match_boxes` by `GROUP` objects at a time: of more, XLA's CPU backend writes the matrix and takes three times as
     long (benchmarks/LOG.md)."""
     m, r = len(objects), len(boxes)
-    if not m or not r:
-        return jnp.full(r, BELOW, jnp.int32)
     groups = -(-m // GROUP)
-    padding = groups * GROUP - m
+
+    def grouped(x):
+        padded = jnp.pad(x, [(0, groups * GROUP - m)] + [(0, 0)] * (x.ndim - 1))
+        return padded.reshape(groups, GROUP, *x.shape[1:])
 
     def add(found, group):
-        first, objects, valid = group
-        iou = iou_of(objects, boxes)
-        return _better(found, _best(iou, iou.max(axis=1), valid, first, low_quality)), None
+        first, objects, valid, highest = group
+        return _better(found, _best(iou_of(objects, boxes), highest, valid, first)), None
 
-    in_groups = (
-        jnp.arange(groups, dtype=jnp.int32) * GROUP,
-        jnp.pad(objects, ((0, padding), (0, 0))).reshape(groups, GROUP, 4),
-        jnp.pad(valid, (0, padding)).reshape(groups, GROUP),
-    )
+    first = jnp.arange(groups, dtype=jnp.int32) * GROUP
     start = jnp.full(r, -jnp.inf), jnp.zeros(r, jnp.int32), jnp.zeros(r, bool)
-    found, _ = jax.lax.scan(add, start, in_groups)
+    found, _ = jax.lax.scan(add, start, (first, *jax.tree.map(grouped, (objects, valid, highest))))
     return _decide(*found, valid, high, low)
 
 
-def _best(
-    iou: jax.Array, highest: jax.Array, valid: jax.Array, first: int | jax.Array, low_quality: bool
-) -> tuple[jax.Array, ...]:
+def _best(iou: jax.Array, highest: jax.Array | None, valid: jax.Array, first: int | jax.Array) -> tuple[jax.Array, ...]:
     """(IoU, object, whether it is some object's best) of each box, all [r].
 
-    iou [m r], of which each object's highest is [m]; objects are counted from `first`.
+    iou [m r], of which each object's highest is [m], or None to look for no ties; objects are counted from `first`.
     """
-    ties = valid[:, None] & (iou == highest[:, None]) if low_quality else jnp.zeros(iou.shape, bool)
+    ties = jnp.zeros(iou.shape, bool) if highest is None else valid[:, None] & (iou == highest[:, None])
     iou = jnp.where(valid[:, None], iou, -1)
     index = first + jax.lax.broadcasted_iota(jnp.int32, iou.shape, 0)
     start = jnp.array(-jnp.inf, iou.dtype), jnp.int32(0), jnp.array(False)

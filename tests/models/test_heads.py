@@ -10,6 +10,7 @@ import pytest
 from fpn_jax.models.heads import box, rpn
 from fpn_jax.models.heads.box import BoxHead, BoxSettings
 from fpn_jax.models.heads.rpn import RPNHead, RPNSettings
+from fpn_jax.ops.anchors import AnchorGrid
 
 SAMPLE = jax.jit(box.sample_rois, static_argnums=(0, 1))
 SIZES = np.array([[60, 80], [50, 70]], np.int32)  # of the two images of the stored cases
@@ -72,8 +73,7 @@ def test_detections_are_torchvisions(golden, background):
         np.testing.assert_array_equal(found.labels[0][valid] + 1, golden[f"postprocess/labels{i}"])
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def losses_of_all(settings, logits, deltas, anchors, boxes, valid, keys):
+def losses_of_all(settings, anchors, logits, deltas, boxes, valid, keys):
     """`rpn_losses` of anchors drawn from all [b r], which logits and deltas are of."""
     drawn = rpn.draw_anchors(settings, anchors, boxes, valid, keys)
     rows = jnp.arange(len(logits))[:, None], drawn.index
@@ -81,7 +81,7 @@ def losses_of_all(settings, logits, deltas, anchors, boxes, valid, keys):
 
 
 def test_rpn_losses_by_hand():
-    anchors = jnp.array([[0, 0, 10, 10], [0, 0, 10, 8.0], [50, 50, 60, 60], [0, 0, 5, 10]])
+    anchors = np.float32([[0, 0, 10, 10], [0, 0, 10, 8.0], [50, 50, 60, 60], [0, 0, 5, 10]])
     boxes = jnp.array([[[0, 0, 10, 10.0], [0, 0, 0, 0]], [[0, 0, 0, 0], [0, 0, 0, 0]]])
     valid = jnp.array([[True, False], [False, False]])
     logits = jnp.array([[2.0, -1.0, 0.5, 3.0], [0.0, 0.0, 0.0, 0.0]])
@@ -89,7 +89,9 @@ def test_rpn_losses_by_hand():
     levels = {"levels": (2, 3), "sizes": ((8,), (16,)), "ratios": (0.5, 1.0)}
     settings = RPNSettings(samples=4, positive_fraction=0.5, sampling="first", beta=0.0, **levels)
     keys = jax.random.split(jax.random.key(0))
-    losses, statistics = losses_of_all(settings, logits, deltas, {2: anchors[:2], 3: anchors[2:]}, boxes, valid, keys)
+    grids = {2: AnchorGrid((1, 1), anchors[:2], (4, 4)), 3: AnchorGrid((1, 1), anchors[2:], (8, 8))}
+    of_all = jax.jit(functools.partial(losses_of_all, settings, grids))
+    losses, statistics = of_all(logits, deltas, boxes, valid, keys)
     # Image 0: IoU 1, 0.8, 0, 0.5: two positives, one negative, one left out. Image 1: four negatives, all at logit 0.
     bce = np.log1p(np.exp(-2)) + np.log1p(np.exp(1)) + np.log1p(np.exp(0.5)) + 4 * np.log(2)
     assert losses["rpn_objectness"] == pytest.approx(bce / 7, rel=1e-5)

@@ -8,16 +8,28 @@ import numpy as np
 import pytest
 
 from fpn_jax.ops import matching
+from fpn_jax.ops.anchors import AnchorGrid, cell_anchors
 from fpn_jax.ops.boxes import iou
 from fpn_jax.ops.matching import BELOW, BETWEEN
 
 match = jax.jit(matching.match, static_argnames=("high", "low", "low_quality"))
 
+
+def with_highest(form):
+    """form(objects, boxes, valid, highest, high, low), called as `match` is."""
+
+    def matched(objects, boxes, valid, high, low, low_quality):
+        highest = iou(objects, boxes).max(axis=1) if low_quality and len(boxes) else None
+        return form(objects, boxes, valid, highest, high, low)
+
+    return matched
+
+
 FORMS = (
     lambda objects, boxes, *rest: matching.match(iou(objects, boxes), *rest),
-    matching.match_at_once,
-    matching.match_in_groups,
-    matching.match_boxes,
+    with_highest(matching.match_at_once),
+    with_highest(matching.match_in_groups),
+    with_highest(lambda *x: matching.match_boxes(*x[:3], *x[4:], x[3])),
 )
 RULES = [(0.75, 0.25, True), (0.75, 0.25, False), (0.5, 0.5, False), (0.5, 0.5, True)]
 
@@ -58,7 +70,7 @@ def test_match_is_that_of_a_loop(rule):
 def test_no_objects_and_no_boxes():
     assert match(jnp.zeros((0, 3)), jnp.zeros(0, bool), high=0.5, low=0.5, low_quality=True).tolist() == [BELOW] * 3
     assert match(jnp.zeros((2, 3)), jnp.zeros(2, bool), high=0.5, low=0.5, low_quality=True).tolist() == [BELOW] * 3
-    for form in FORMS:
+    for form in (FORMS[0], FORMS[-1]):
         for m, r in ((0, 3), (2, 0), (0, 0)):
             found = form(jnp.zeros((m, 4)), jnp.zeros((r, 4)), jnp.ones(m, bool), 0.5, 0.5, True)
             assert found.tolist() == [BELOW] * r
@@ -104,12 +116,23 @@ def test_all_forms_match_boxes_alike(rule, monkeypatch):
     np.testing.assert_array_equal(first[15:][poisoned], np.where(rule[2] & tied.any(1)[15:][poisoned], 2, BETWEEN))
 
 
-@pytest.mark.parametrize(("platform", "barrier"), [("cpu", False), ("cuda", True), ("tpu", True)])
-def test_the_barrier_that_keeps_the_matrix_out_of_memory_is_there(platform, barrier):
-    """Without it the matches are the same, and a GPU writes all IoUs: `benchmarks/LOG.md`, "Compiled for an H100"."""
-    matched = jax.jit(lambda *x: matching.match_boxes(*x, 0.7, 0.3, True))
-    traced = matched.trace(jnp.zeros((3, 4)), jnp.zeros((5, 4)), jnp.ones(3, bool))
-    assert ("optimization_barrier" in traced.lower(lowering_platforms=(platform,)).as_text()) == barrier
+@pytest.mark.parametrize("rounded", [True, False])
+def test_every_object_keeps_its_best_anchors_of_a_grid(rounded):
+    """What the grid says is highest must be the bits that the matching sees, in one program."""
+    rng = np.random.default_rng(3)
+    grid = AnchorGrid((40, 60), cell_anchors((24.7, 50.0), (0.5, 1.0, 2.0), rounded), (8, 8))
+    corners = rng.uniform(0, 300, (8, 20, 2))
+    objects = np.concatenate([corners, corners + rng.uniform(2, 90, (8, 20, 2))], -1).astype(np.float32)
+    valid = rng.uniform(size=(8, 20)) < 0.8
+    for form in (matching.match_at_once, matching.match_in_groups):
+
+        def matched(objects, valid, form=form):
+            return form(objects, grid.boxes(), valid, grid.highest_iou(objects), 0.99, 0.3)
+
+        found = jax.jit(jax.vmap(matched))(objects, valid)
+        expected = jax.jit(jax.vmap(lambda *x: match(iou(x[0], grid.boxes()), x[1], 0.99, 0.3, True)))(objects, valid)
+        np.testing.assert_array_equal(found, expected)
+        assert (np.asarray(found) >= 0).any(1).all()
 
 
 def test_goldens(data_dir):

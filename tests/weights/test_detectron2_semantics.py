@@ -4,6 +4,7 @@ detectron2 cannot be installed here; the statements follow its source (0.6: dete
 time, in float64.
 """
 
+import functools
 import math
 from itertools import product
 
@@ -120,7 +121,7 @@ def test_anchors_are_exact_size_by_size_on_the_levels_stride():
     """An image whose maps do not divide it, several sizes per level."""
     sizes = tuple((16.0 * 2**i, 25.3 * 2**i) for i in range(5))
     grids = {level: (-(-100 // 2**level), -(-140 // 2**level)) for level in RPN.levels}
-    found = rpn.make_anchors(RPN.replace(sizes=sizes), grids, (100, 140))
+    found = rpn.anchor_grids(RPN.replace(sizes=sizes), grids, (100, 140))
     for level, of_level in zip(grids, sizes, strict=True):
         expected, stride = [], 2**level
         for i, j, size, ratio in product(range(grids[level][0]), range(grids[level][1]), of_level, (0.5, 1.0, 2.0)):
@@ -128,7 +129,7 @@ def test_anchors_are_exact_size_by_size_on_the_levels_stride():
             h = ratio * w
             cell = np.float32([-w / 2, -h / 2, w / 2, h / 2])
             expected.append(cell + np.float32([j * stride, i * stride, j * stride, i * stride]))
-        np.testing.assert_array_equal(found[level], expected)
+        np.testing.assert_array_equal(found[level].boxes(), expected)
 
 
 def slow_level(roi):
@@ -280,7 +281,7 @@ def test_proposals():
     """Some far outside, so that nothing is left of them, some of 5e-4 pixels, some beyond the clamp."""
     rng = np.random.default_rng(0)
     grids = {2: (16, 20), 3: (8, 10), 4: (4, 5), 5: (2, 3), 6: (1, 2)}
-    anchors = rpn.make_anchors(RPN, grids, (64, 80))
+    anchors = {level: grid.boxes() for level, grid in rpn.anchor_grids(RPN, grids, (64, 80)).items()}
     logits = {level: rng.normal(size=(2, len(a))).astype(np.float32) for level, a in anchors.items()}
     deltas = {level: rng.normal(0, 0.4, (2, len(a), 4)).astype(np.float32) for level, a in anchors.items()}
     for level, d in deltas.items():
@@ -321,14 +322,14 @@ def test_rpn_losses_are_divided_by_the_nominal_number():
     """All anchors are drawn: there are fewer than 256. The second image has no objects."""
     rng = np.random.default_rng(0)
     grids = {2: (4, 5), 3: (2, 3), 4: (1, 2), 5: (1, 1), 6: (1, 1)}
-    by_level = rpn.make_anchors(RPN, grids, (16, 20))
-    anchors = np.concatenate(list(by_level.values()))
+    by_level = rpn.anchor_grids(RPN, grids, (16, 20))
+    anchors = np.asarray(rpn.boxes_of(by_level))
     objects = np.float32([[[-10, -8, 14, 15], [3, 1, 40, 50], [0, 0, 7, 6]], np.zeros((3, 4))])
     valid = np.array([[True] * 3, [False] * 3])
     logits = rng.normal(size=(2, len(anchors))).astype(np.float32)
     deltas = rng.normal(size=(2, len(anchors), 4)).astype(np.float32)
     keys = jax.random.split(jax.random.key(0), 2)
-    drawn = rpn.draw_anchors(RPN, by_level, objects, valid, keys)
+    drawn = jax.jit(functools.partial(rpn.draw_anchors, RPN, by_level))(objects, valid, keys)
     rows = np.arange(2)[:, None], drawn.index
     losses, _ = jax.jit(rpn.rpn_losses, static_argnums=0)(RPN, logits[rows], deltas[rows], drawn)
     bce = l1 = positives = 0

@@ -158,7 +158,7 @@ def sample_rois(
     def one(proposals, usable, boxes, labels, valid, key):
         if settings.add_ground_truth:
             proposals, usable = jnp.concatenate([proposals, boxes]), jnp.concatenate([usable, valid])
-        matched = match_boxes(boxes, proposals, valid, settings.positive_iou, settings.positive_iou, False)
+        matched = match_boxes(boxes, proposals, valid, settings.positive_iou, settings.positive_iou)
         key = key if settings.sampling == "random" else None
         drawn = sample(
             key,

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fpn_jax.models.layers import Affine, Conv, affine_maps
-from fpn_jax.ops import anchors as anchor_ops
 from fpn_jax.ops import boxes as box_ops
+from fpn_jax.ops.anchors import AnchorGrid, cell_anchors
 from fpn_jax.ops.losses import sigmoid_bce, smooth_l1
 from fpn_jax.ops.matching import BELOW, match_boxes
 from fpn_jax.ops.nms import nms, nms_top
@@ -170,19 +170,22 @@ def cells_of_anchors(grids: Sequence[tuple[int, int]], per_cell: int, index: jax
     return Cells(position, *jnp.divmod(cell, jnp.asarray(widths)[position])), anchor
 
 
-def make_anchors(
+def anchor_grids(
     settings: RPNSettings, grids: Mapping[int, tuple[int, int]], image_size: tuple[int, int]
-) -> dict[int, jax.Array]:
-    """Anchors {l: float32 [r 4]} in pixels for maps of `grids` {l: (h, w)} of an image of `image_size`."""
-    cells = {
-        level: anchor_ops.cell_anchors(sizes, settings.ratios, settings.anchor_rounding, settings.anchor_order)
-        for level, sizes in zip(settings.levels, settings.sizes, strict=True)
-    }
-    strides = {}
-    for level, (h, w) in grids.items():
+) -> dict[int, AnchorGrid]:
+    """The anchors of each level's map of `grids` {l: (h, w)}, of an image of `image_size`."""
+    found = {}
+    for level, sizes in zip(settings.levels, settings.sizes, strict=True):
+        of_cell = cell_anchors(sizes, settings.ratios, settings.anchor_rounding, settings.anchor_order)
+        h, w = grids[level]
         of_image = (image_size[0] // h, image_size[1] // w)
-        strides[level] = of_image if settings.anchor_stride == "image" else (2**level, 2**level)
-    return anchor_ops.grid_anchors(grids, cells, strides)
+        found[level] = AnchorGrid((h, w), of_cell, of_image if settings.anchor_stride == "image" else (2**level,) * 2)
+    return found
+
+
+def boxes_of(anchors: Mapping[int, AnchorGrid]) -> jax.Array:
+    """Those of all levels, float32 [r 4] in pixels."""
+    return jnp.concatenate([grid.boxes() for grid in anchors.values()])
 
 
 class DrawnAnchors(NamedTuple):
@@ -196,40 +199,37 @@ class DrawnAnchors(NamedTuple):
 
 def draw_anchors(
     settings: RPNSettings,
-    anchors: Mapping[int, jax.Array],
+    anchors: Mapping[int, AnchorGrid],
     boxes: jax.Array,
     valid: jax.Array,
     keys: jax.Array,
     per_device: PerDevice = together,
 ) -> DrawnAnchors:
-    """Match anchors {l: [r 4]} with objects, boxes [b m 4] and valid [b m], and draw some by keys [b]."""
-    flat = jnp.concatenate(list(anchors.values()))
+    """Match anchors with objects, boxes [b m 4] and valid [b m], and draw some by keys [b]."""
+    flat = boxes_of(anchors)
 
     def of_image(boxes, valid, key):
-        matched, drawn = label_anchors(settings, flat, boxes, valid, key if settings.sampling == "random" else None)
+        matched = match_anchors(settings, anchors, boxes, valid)
+        drawn = draw_matched(settings, matched, key if settings.sampling == "random" else None)
         objects = boxes[jnp.maximum(matched[drawn.index], 0)]
         return DrawnAnchors(*drawn, box_ops.encode(objects, flat[drawn.index], settings.delta_weights))
 
     return per_device(jax.vmap(of_image))(boxes, valid, keys)
 
 
-def label_anchors(
-    settings: RPNSettings, anchors: jax.Array, boxes: jax.Array, valid: jax.Array, key: jax.Array | None
-) -> tuple[jax.Array, Sample]:
-    """One image's (match [r], drawn [n]) with n = settings.samples.
+def match_anchors(
+    settings: RPNSettings, anchors: Mapping[int, AnchorGrid], boxes: jax.Array, valid: jax.Array
+) -> jax.Array:
+    """The object of each anchor [r], as `matching.match` gives it, of one image's boxes [m 4], valid [m]."""
+    highest = None
+    if settings.low_quality_matches:
+        highest = functools.reduce(jnp.maximum, (grid.highest_iou(boxes) for grid in anchors.values()))
+    return match_boxes(boxes, boxes_of(anchors), valid, settings.positive_iou, settings.negative_iou, highest)
 
-    anchors [r 4], boxes [m 4], valid [m]; `match` as `fpn_jax.ops.matching.match` gives it. key None draws the first
-    candidates.
-    """
-    matched = match_boxes(
-        boxes,
-        anchors,
-        valid,
-        settings.positive_iou,
-        settings.negative_iou,
-        settings.low_quality_matches,
-    )
-    return matched, sample(key, matched >= 0, matched == BELOW, settings.samples, settings.positive_fraction)
+
+def draw_matched(settings: RPNSettings, matched: jax.Array, key: jax.Array | None) -> Sample:
+    """settings.samples of anchors that are `matched` [r]; key None draws the first candidates."""
+    return sample(key, matched >= 0, matched == BELOW, settings.samples, settings.positive_fraction)
 
 
 def rpn_losses(
