@@ -48,7 +48,7 @@ def _align(
         out = None  # each RoI is of one map, so that all of it is written in the end
         for i, (x, place, window) in enumerate(zip(maps, places, windows, strict=True)):
             out = read_windows(x[images], place[images, some], position[images, some] == i, window, out)
-        found.setdefault(images.start, []).append(out[:-1].reshape(-1, *position[images, some].shape[1:], size**2, c))
+        found.setdefault(images.start, []).append(out.reshape(-1, *position[images, some].shape[1:], size**2, c))
     out = jnp.concatenate([jnp.concatenate(x, axis=1) for x in found.values()])
     return out.reshape(b, r, size, size, c)
 

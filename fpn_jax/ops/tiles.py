@@ -53,11 +53,11 @@ def calls(b: int, r: int, sizes: Sequence[tuple[int, int]], windows: Sequence[Wi
 def read_windows(
     feature: jax.Array, places: jax.Array, mine: jax.Array, windows: Windows, before: jax.Array | None
 ) -> jax.Array:
-    """Bins of those windows that are `mine` bool [b r], from `feature` [b h w c]: [b*r+1 size*size c], as `before`.
+    """Bins of those windows that are `mine` bool [b r], from `feature` [b h w c]: [b*r size*size c], as `before`.
 
     places float32 [b r 4]: (y of the upper edge, height of a bin, x of the left edge, width of a bin), in cells, the
     middle of the first cell at 0. A point more than a cell outside the map counts as 0, as in `roi_align`. The bins
-    are row after row; those of other windows are as in `before`, or anything if it is None, as are the last window's.
+    are row after row; those of other windows are as in `before`, or anything if it is None.
     """
     (b, r), c, n = mine.shape, feature.shape[-1], mine.size
     grid = _cut(feature.shape[1:3], windows)
@@ -69,7 +69,7 @@ def read_windows(
 
     def number_of(step, ids):
         image, window, _, _ = _unpack(ids[step], lengths)
-        return image * r + window
+        return jnp.minimum(image * r + window, n - 1)
 
     def tile_of(step, ids, places):
         image, _, row, column = _unpack(ids[step], lengths)
@@ -79,6 +79,7 @@ def read_windows(
         out, total = refs[-2:]
         step = pl.program_id(0)
         first, last = _ends(ids, step, grid.shape)
+        of_window = _unpack(ids[step], lengths)[0] < b
 
         @pl.when(first)
         def _():
@@ -90,9 +91,15 @@ def read_windows(
         values = jnp.where(of_map, cells[0].reshape(-1, c), jnp.zeros((), cells.dtype))
         total[...] += _times(matrix, values)
 
-        @pl.when(last)
+        @pl.when(last & of_window)
         def _():
             out[0] = total[: windows.size**2].astype(out.dtype)
+
+        if before is not None:
+
+            @pl.when(~of_window)
+            def _():
+                pltpu.sync_copy(refs[0].at[n - 1], out.at[0])
 
     given, specs = [feature], [pl.BlockSpec((1, *TILE, c), tile_of)]
     if before is not None:
@@ -101,15 +108,15 @@ def read_windows(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(jnp.maximum(there.sum(dtype=jnp.int32), 1),),  # at least one, of the last window
+            grid=(jnp.maximum(there.sum(dtype=jnp.int32), 1),),  # at least one, which may be of no window
             in_specs=specs,
             out_specs=pl.BlockSpec((1, windows.size**2, c), lambda step, ids, places: (number_of(step, ids), 0, 0)),
             scratch_shapes=[pltpu.VMEM((bins, c), jnp.float32)],
         ),
-        out_shape=jax.ShapeDtypeStruct((n + 1, windows.size**2, c), feature.dtype),
+        out_shape=jax.ShapeDtypeStruct((n, windows.size**2, c), feature.dtype),
         input_output_aliases={} if before is None else {3: 0},
         name="read_windows",
-    )(_in_order(ids), _with_one_more(places.reshape(n, 4)).reshape(-1), *given)
+    )(_in_order(ids), places.reshape(-1), *given)
 
 
 def add_windows(
@@ -211,14 +218,10 @@ def _round_up(value: int, step: int) -> int:
     return -(-value // step) * step
 
 
-def _with_one_more(x: jax.Array) -> jax.Array:
-    return jnp.pad(x, [(0, 1)] + [(0, 0)] * (x.ndim - 1))
-
-
 def _in_order(ids: jax.Array) -> jax.Array:
     """Ids of any shape, the lowest first, and one more."""
     ids = jax.lax.sort(ids.reshape(-1), is_stable=False)  # stable, a TPU would sort their numbers along with them
-    return _with_one_more(ids)
+    return jnp.pad(ids, (0, 1))
 
 
 def _pack(values: Sequence[Any], lengths: Sequence[int]) -> Any:
