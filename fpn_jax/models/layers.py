@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.xla_metadata import set_xla_metadata
 
+from fpn_jax.models.resampling import max_pool
 from fpn_jax.ops.halving import halving_conv3x3
 from fpn_jax.ops.platforms import by_platform
 from fpn_jax.ops.products import conv1x1
+from fpn_jax.ops.stem import conv_relu_pool, space_to_depth_conv
 from fpn_jax.ops.winograd import conv3x3
 
 Init = nn.initializers.Initializer
@@ -75,7 +77,8 @@ class Conv(nn.Module):
     no map is multiplied by it, neither forward nor backward.
     With pad=False, for stride 1 and one group, nothing is put around x, and [b h-kernel+1 w-kernel+1 features] comes
     out: one product, right for many small x.
-    rectify: whether a `relu` follows, of which some forms then are a part.
+    rectify: whether a `relu` follows, of which some forms then are a part; pool: and, after it, `max_pool` of 3 x 3
+    windows with stride 2.
     """
 
     features: int
@@ -93,6 +96,7 @@ class Conv(nn.Module):
         pad: bool = True,
         affine: tuple[jax.Array, jax.Array] | None = None,
         rectify: bool = False,
+        pool: bool = False,
     ) -> jax.Array:
         shape = (self.kernel, self.kernel, x.shape[-1] // self.groups, self.features)
         kernel = self.param("kernel", self.kernel_init, shape)
@@ -102,6 +106,8 @@ class Conv(nn.Module):
         if affine is not None:
             bias = affine[1] if bias is None else bias * affine[0] + affine[1]
         bias = None if bias is None else bias.astype(self.dtype)
+        if pool:
+            return self._convolve_and_pool(x, kernel, bias)
         if pad:
             return self._convolve(x, kernel, bias, rectify)
         y = _plus(windows(x, self.kernel) @ kernel.reshape(-1, self.features), bias)
@@ -116,6 +122,16 @@ class Conv(nn.Module):
         if products < _WINOGRAD_FROM or (self.kernel, self.stride, self.groups) != (3, 1, 1) or x.dtype != jnp.float32:
             return plain(x, kernel, bias)
         return by_platform(x, kernel, bias, cpu=functools.partial(conv3x3, rectify=rectify), default=plain)
+
+    def _convolve_and_pool(self, x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+        def plain(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+            return max_pool(self._convolve(x, kernel, bias, True), 3, 2)
+
+        if (self.kernel, self.stride, self.groups) != (7, 2, 1) or x.shape[1] % 4 or x.shape[2] % 4 or x.shape[3] > 4:
+            return plain(x, kernel, bias)
+        at_once = jax.custom_vjp(conv_relu_pool)
+        at_once.defvjp(lambda *given: (conv_relu_pool(*given), given), lambda given, y: jax.vjp(plain, *given)[1](y))
+        return by_platform(x, kernel, bias, tpu=at_once, default=plain)
 
     def _without_bias(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         pad = self.kernel // 2
@@ -171,27 +187,6 @@ def windows(x: jax.Array, size: int) -> jax.Array:
     """x [b h w c] -> [b h-size+1 w-size+1 size*size*c]: beside each other all that a convolution reads for a cell."""
     h, w = (side - size + 1 for side in x.shape[1:3])
     return jnp.concatenate([x[:, i : i + h, j : j + w] for i in range(size) for j in range(size)], -1)
-
-
-def space_to_depth_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """The convolution of x [b h w c] by kernel [k k c f], k odd, with stride 2 and k // 2 zeros on every side.
-
-    Written as one of stride 1 over blocks of 2 x 2 cells with 4 c channels, as in MLPerf's ResNet: with the 3 of
-    an image, a TPU first copies it so that its images lie in lanes, few as they are of 128 (benchmarks/LOG.md).
-    """
-    k, _, c, features = kernel.shape
-    front = k // 2 % 2  # zeros before the kernel, so that it begins with a block
-    blocks, before = (k + front + 1) // 2, (k // 2 + front) // 2
-    kernel = jnp.pad(kernel, ((front, 2 * blocks - k - front), (front, 2 * blocks - k - front), (0, 0), (0, 0)))
-    kernel = kernel.reshape(blocks, 2, blocks, 2, c, features).transpose(0, 2, 1, 3, 4, 5)
-    x = jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)))
-    return jax.lax.conv_general_dilated(
-        jnp.concatenate([x[:, i::2, j::2] for i in range(2) for j in range(2)], -1),
-        kernel.reshape(blocks, blocks, 4 * c, features),
-        window_strides=(1, 1),
-        padding=((before, blocks - 1 - before),) * 2,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
 
 
 class Affine(nn.Module):
@@ -281,12 +276,17 @@ def conv_norm(
     stride: int = 1,
     groups: int = 1,
     init: Init = he_fan_out,
+    pool: bool = False,
 ) -> jax.Array:
     """A convolution and its norm, as two submodules of the calling module, called `names`; no non-linearity.
 
     x [b h w c] -> [b h' w' features]. With norm "none" the convolution keeps its bias and the second name is unused.
+    pool: and then `relu` and `max_pool` of 3 x 3 windows with stride 2.
     """
     conv = Conv(features, kernel, stride, norm == "none", init, dtype, groups, name=names[0])
     if norm == "frozen_bn":
-        return conv(x, affine=FrozenBatchNorm(eps, name=names[1])(features))
-    return conv(x) if norm == "none" else NORMS[norm](eps=eps, dtype=dtype, name=names[1])(conv(x), train)
+        return conv(x, affine=FrozenBatchNorm(eps, name=names[1])(features), pool=pool)
+    if norm == "none":
+        return conv(x, pool=pool)
+    y = NORMS[norm](eps=eps, dtype=dtype, name=names[1])(conv(x), train)
+    return max_pool(relu(y), 3, 2) if pool else y

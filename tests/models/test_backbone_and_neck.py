@@ -1,7 +1,5 @@
 """Shapes and arithmetic of the bottom-up and the top-down pathway."""
 
-from functools import partial
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,7 +7,7 @@ import numpy as np
 import pytest
 
 from fpn_jax.models.backbones.resnet import ResNet
-from fpn_jax.models.layers import Conv, conv_norm, plus_by_product, space_to_depth_conv
+from fpn_jax.models.layers import Conv, conv_norm, plus_by_product
 from fpn_jax.models.necks.fpn import FPN
 from fpn_jax.models.pixels import Pixels, normalize_pixels
 from fpn_jax.models.resampling import max_of_windows, max_pool, repeat_by_index, repeat_by_products, upsample_nearest
@@ -238,25 +236,6 @@ def test_stem_and_pool_are_written_for_tpus_on_tpus_alone(platform):
         for f in (lambda x: max_pool(x, 3, 2), lambda x: stem.apply(variables, x))
     )
     assert ("reduce_window" in pool) == ("tensor<4x4x12x4xf32>" in conv) == (platform == "tpu")
-
-
-@pytest.mark.parametrize("kernel", [3, 5, 7])
-@pytest.mark.parametrize("size", [(16, 12), (15, 11), (9, 14)])
-def test_space_to_depth_is_the_convolution_of_stride_2(size, kernel):
-    rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(2, *size, 3)), jnp.float32)
-    layer = Conv(4, kernel, stride=2, use_bias=False)
-    variables = layer.init(jax.random.key(0), x)
-    (y, pull), (expected, expected_pull) = (
-        jax.vjp(function, variables["params"]["kernel"], x)
-        for function in (
-            lambda kernel, x: space_to_depth_conv(x, kernel),
-            lambda kernel, x: layer.apply({"params": {"kernel": kernel}}, x),
-        )
-    )
-    np.testing.assert_allclose(y, expected, atol=1e-5)
-    gradient = jnp.asarray(rng.normal(size=y.shape), jnp.float32)
-    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-4), pull(gradient), expected_pull(gradient))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 
 from fpn_jax.errors import UserError
 from fpn_jax.models.layers import conv_norm, relu
-from fpn_jax.models.resampling import max_pool
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
@@ -122,8 +121,7 @@ class ResNet(nn.Module):
             return train and level > self.frozen_stages  # a frozen stage's batch norms stay as they are, too
 
         how = {"norm": self.norm, "eps": self.norm_eps, "dtype": self.dtype}
-        x = conv_norm(x, ("stem_conv", "stem_norm"), self.width, 7, live(1), stride=2, **how)
-        x = freeze(max_pool(relu(x), 3, 2), 1)
+        x = freeze(conv_norm(x, ("stem_conv", "stem_norm"), self.width, 7, live(1), stride=2, pool=True, **how), 1)
         features = {}
         for level, blocks in zip(self.output_levels(), self.blocks or BLOCKS[self.depth], strict=False):
             # A frozen stage has no backward pass, and keeps nothing for one.
