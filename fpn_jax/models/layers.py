@@ -78,7 +78,8 @@ class Conv(nn.Module):
     With pad=False, for stride 1 and one group, nothing is put around x, and [b h-kernel+1 w-kernel+1 features] comes
     out: one product, right for many small x.
     rectify: whether a `relu` follows, of which some forms then are a part; pool: and, after it, `max_pool` of 3 x 3
-    windows with stride 2.
+    windows with stride 2, always of a padded x. On TPUs that of a ResNet's stem is one with the convolution
+    (`ops.stem`), and its gradient computes all three again.
     """
 
     features: int
@@ -123,11 +124,12 @@ class Conv(nn.Module):
             return plain(x, kernel, bias)
         return by_platform(x, kernel, bias, cpu=functools.partial(conv3x3, rectify=rectify), default=plain)
 
-    def _convolve_and_pool(self, x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-        def plain(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+    def _convolve_and_pool(self, x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
+        def plain(x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
             return max_pool(self._convolve(x, kernel, bias, True), 3, 2)
 
-        if (self.kernel, self.stride, self.groups) != (7, 2, 1) or x.shape[1] % 4 or x.shape[2] % 4 or x.shape[3] > 4:
+        is_stem = (self.kernel, self.stride, self.groups) == (7, 2, 1) and x.shape[3] <= 4
+        if not is_stem or bias is None or x.shape[1] % 4 or x.shape[2] % 4:
             return plain(x, kernel, bias)
         at_once = jax.custom_vjp(conv_relu_pool)
         at_once.defvjp(lambda *given: (conv_relu_pool(*given), given), lambda given, y: jax.vjp(plain, *given)[1](y))

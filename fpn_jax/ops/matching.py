@@ -43,8 +43,8 @@ def match_boxes(
     """
     if not len(objects) or not len(boxes):
         return jnp.full(len(boxes), BELOW, jnp.int32)
-    forms = {"cpu": match_in_groups, "default": match_at_once}
-    forms = {name: functools.partial(form, high=high, low=low) for name, form in forms.items()}
+    rules = {"high": high, "low": low}
+    forms = {"cpu": functools.partial(match_in_groups, **rules), "default": functools.partial(match_at_once, **rules)}
     return by_platform(objects, boxes, valid, highest, **forms)
 
 

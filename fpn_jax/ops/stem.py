@@ -7,9 +7,9 @@ import jax.numpy as jnp
 def space_to_depth(x: jax.Array, n: int) -> jax.Array:
     """x [b h w c] -> [b h/n w/n n*n*c]: blocks of n x n cells as channels, row after row of a block.
 
-    n divides h and w, and all numbers are finite: every n-th column is taken by a product with a matrix of zeros and
-    ones, which is exact. As slices that takes a TPU, with columns in lanes, as long as the convolution behind it
-    (benchmarks/LOG.md).
+    n divides h and w. Every n-th column is taken by a product with a matrix [w w] of zeros and ones, which is exact for
+    normal numbers; one that is not finite spreads over its row. As slices that takes a TPU, with columns in lanes, as
+    long as the convolution behind it, where at 1344 columns the product takes a tenth (benchmarks/LOG.md).
     """
     b, h, w, c = x.shape
     column, phase, block = (jax.lax.broadcasted_iota(jnp.int32, (w, n, w // n), axis) for axis in range(3))
@@ -22,7 +22,8 @@ def space_to_depth_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """The convolution of x [b h w c] by kernel [k k c f], k odd, with stride 2 and k // 2 zeros on every side.
 
     Written as one of stride 1 over blocks of 2 x 2 cells with 4 c channels, as in MLPerf's ResNet: with the 3 of
-    an image, a TPU first copies it so that its images lie in lanes, few as they are of 128 (benchmarks/LOG.md).
+    an image, a TPU first copies it so that its images lie in lanes, few as they are of 128 (benchmarks/LOG.md). x is
+    finite, see `space_to_depth`.
     """
     k = len(kernel)
     front = k // 2 % 2  # zeros before the kernel, so that it begins with a block
@@ -33,7 +34,7 @@ def space_to_depth_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def conv_relu_pool(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-    """The stem of a ResNet: x [b h w c], kernel [7 7 c f], bias [f] -> [b h/4 w/4 f], 4 divides h and w.
+    """The stem of a ResNet: x [b h w c], finite, kernel [7 7 c f], bias [f] -> [b h/4 w/4 f]; 4 divides h and w.
 
     A convolution with stride 2 and 3 zeros on every side, ReLU, and the maximum of 3 x 3 windows with stride 2, padded
     by 1 with what never wins. Written as convolutions over blocks of 4 x 4 cells, each with both columns of a block's

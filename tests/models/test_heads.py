@@ -11,6 +11,8 @@ from fpn_jax.models.heads import box, rpn
 from fpn_jax.models.heads.box import BoxHead, BoxSettings
 from fpn_jax.models.heads.rpn import RPNHead, RPNSettings
 from fpn_jax.ops.anchors import AnchorGrid
+from fpn_jax.ops.boxes import iou
+from fpn_jax.ops.matching import match
 
 SAMPLE = jax.jit(box.sample_rois, static_argnums=(0, 1))
 SIZES = np.array([[60, 80], [50, 70]], np.int32)  # of the two images of the stored cases
@@ -98,6 +100,24 @@ def test_rpn_losses_by_hand():
     # Anchor 0 is off by 0.5 in x; anchor 1 should move by (5 - 4) / 8 down and grow by log(10 / 8), but grew by 1.
     assert losses["rpn_box"] == pytest.approx((0.5 + 1 / 8 + abs(1 - np.log(10 / 8))) / 7, rel=1e-5)
     assert statistics["rpn_positives"] == 1.0
+
+
+@pytest.mark.parametrize("low_quality", [True, False])
+def test_anchors_are_matched_over_all_levels(low_quality):
+    """An object's best anchors may be of any level, and of several: two have the same anchors."""
+    settings = RPNSettings(levels=(2, 3, 4), sizes=((16,), (16,), (40,)), low_quality_matches=low_quality)
+    grids = rpn.anchor_grids(settings, {2: (8, 8), 3: (8, 8), 4: (2, 3)}, (64, 64))
+    rng = np.random.default_rng(0)
+    corners = rng.uniform(0, 50, (9, 2))
+    boxes = jnp.asarray(np.concatenate([corners, corners + rng.uniform(3, 50, (9, 2))], -1), jnp.float32)
+    valid = jnp.arange(9) < 7
+    found = jax.jit(functools.partial(rpn.match_anchors, settings, grids))(boxes, valid)
+    expected = jax.jit(lambda *x: match(iou(x[0], rpn.boxes_of(grids)), x[1], 0.7, 0.3, low_quality))(boxes, valid)
+    np.testing.assert_array_equal(found, expected)
+    assert len(found) == 2 * 8 * 8 * 3 + 2 * 3 * 3
+    assert (len(np.unique(found)) > 5) == low_quality
+    if low_quality:
+        np.testing.assert_array_equal(found[:192], found[192:384])
 
 
 @pytest.mark.parametrize("shared", [True, False])

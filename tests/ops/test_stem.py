@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fpn_jax.models.layers import Conv, conv_norm
+from fpn_jax.models.layers import Conv, conv_norm, relu
+from fpn_jax.models.resampling import max_pool
 from fpn_jax.ops.platforms import compiling_for
 from fpn_jax.ops.stem import conv_relu_pool, space_to_depth, space_to_depth_conv
 
@@ -71,13 +72,25 @@ def test_conv_relu_pool_is_that_of_loops(size, shift):
     assert (np.asarray(found) > 0).any()
 
 
+def test_bfloat16_is_as_exact_as_its_rounding():
+    rng = np.random.default_rng(0)
+    given = (rng.normal(size=shape) for shape in ((2, 16, 24, 3), (7, 7, 3, 8), (8,)))
+    given = [jnp.asarray(x, jnp.bfloat16) for x in given]
+    found = jax.jit(conv_relu_pool)(*given)
+    assert found.dtype == jnp.bfloat16
+    expected = slow_stem(*(np.asarray(x, np.float64) for x in given))
+    np.testing.assert_allclose(np.asarray(found, np.float64), expected, atol=0.2, rtol=1e-2)
+
+
 class Stem(nn.Module):
     norm: str
+    pool: bool = True
 
     @nn.compact
     def __call__(self, x):
-        how = {"norm": self.norm, "eps": 1e-5, "dtype": jnp.float32, "stride": 2, "pool": True}
-        return conv_norm(x, ("conv", "norm"), 8, 7, True, **how)
+        how = {"norm": self.norm, "eps": 1e-5, "dtype": jnp.float32, "stride": 2, "pool": self.pool}
+        y = conv_norm(x, ("conv", "norm"), 8, 7, True, **how)
+        return y if self.pool else max_pool(relu(y), 3, 2)
 
 
 @pytest.mark.parametrize("norm", ["frozen_bn", "none", "gn"])
@@ -86,16 +99,43 @@ def test_the_stem_of_a_tpu_is_that_of_others_and_so_are_its_gradients(norm, size
     """Sizes that no block divides, and norms between convolution and ReLU, are computed as elsewhere."""
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(2, *size, 3)), jnp.float32)
-    module = Stem(norm)
-    variables = module.init(jax.random.key(0), x)
+    variables = Stem(norm).init(jax.random.key(0), x)
 
-    def both(variables, x):
-        y, pull = jax.vjp(module.apply, variables, x)
+    def both(pool, variables, x):
+        y, pull = jax.vjp(Stem(norm, pool).apply, variables, x)
         return y, pull(jnp.sin(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape))
 
-    expected = jax.jit(both)(variables, x)
+    expected = jax.jit(partial(both, False))(variables, x)
     with compiling_for("tpu"):
-        traced = jax.jit(lambda *given: both(*given)).trace(variables, x)
+        traced = jax.jit(partial(both, True)).trace(variables, x)
     assert ("[3,3,48,16]" in str(traced.jaxpr)) == (norm != "gn" and size == (16, 24))
-    found = traced.lower().compile()(variables, x)
-    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-4), found, expected)
+    for found in (traced.lower().compile()(variables, x), jax.jit(partial(both, True))(variables, x)):
+        jax.tree.map(partial(np.testing.assert_allclose, atol=1e-4), found, expected)
+
+
+OTHERS = {
+    "kernel": Conv(6, 5, 2),
+    "stride": Conv(6, 7, 1),
+    "groups": Conv(6, 7, 2, groups=3),
+    "no bias": Conv(6, 7, 2, use_bias=False),
+    "as it is": Conv(6, 7, 2),
+}
+
+
+@pytest.mark.parametrize("channels", [3, 6])
+@pytest.mark.parametrize("other", OTHERS)
+def test_what_is_no_stem_is_pooled_as_well(other, channels):
+    layer, x = OTHERS[other], jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 24, channels)), jnp.float32)
+    variables = layer.init(jax.random.key(0), x)
+    expected = max_pool(layer.apply(variables, x, rectify=True), 3, 2)
+    with compiling_for("tpu"):
+        traced = jax.jit(lambda *given: layer.apply(*given, pool=True)).trace(variables, x)
+    np.testing.assert_allclose(traced.lower().compile()(variables, x), expected, atol=1e-5)
+    by_blocks = f"[3,3,{16 * channels},12]" in str(traced.jaxpr)
+    assert by_blocks == (other == "as it is" and channels == 3)
+
+
+def test_products_with_zeros_and_ones_are_exact_on_a_tpu():
+    """Where a float32 product is one of bfloat16 if nothing is said."""
+    traced = jax.make_jaxpr(lambda x: space_to_depth(x, 2))(jnp.zeros((1, 4, 4, 3)))
+    assert "Precision.HIGHEST" in str(traced)

@@ -173,7 +173,7 @@ def cells_of_anchors(grids: Sequence[tuple[int, int]], per_cell: int, index: jax
 def anchor_grids(
     settings: RPNSettings, grids: Mapping[int, tuple[int, int]], image_size: tuple[int, int]
 ) -> dict[int, AnchorGrid]:
-    """The anchors of each level's map of `grids` {l: (h, w)}, of an image of `image_size`."""
+    """The anchors of all `settings.levels`, whose maps are of `grids` {l: (h, w)}, of an image of `image_size`."""
     found = {}
     for level, sizes in zip(settings.levels, settings.sizes, strict=True):
         of_cell = cell_anchors(sizes, settings.ratios, settings.anchor_rounding, settings.anchor_order)
