@@ -45,19 +45,25 @@ def _take(pyramid: dict[int, jax.Array], cells: Cells, radius: int) -> tuple[Pat
         table = jnp.asarray(x).reshape(-1, x.shape[-1])
         values = jnp.where(here[..., None], table.at[at].get(mode="promise_in_bounds"), values)
         inside |= here
-    return Patches(values, inside), pyramid
+    return Patches(_cells_first(values), _cells_first(inside)), pyramid
 
 
 def _places(shape: tuple[int, ...], position: int, cells: Cells, radius: int) -> tuple[jax.Array, jax.Array]:
-    """[b n k k] each: whether a cell of a patch is of the map of `shape`, and its row of the table, else any row."""
+    """[k k b n] each: whether a cell of a patch is of the map of `shape`, and its row of the table, else any row.
+
+    In this order, as a TPU fills its lanes with the last axis.
+    """
     _, h, w, _ = shape
-    steps = np.arange(-radius, radius + 1)
-    image = np.arange(cells.row.shape[0])[:, None, None, None]
-    row = (cells.row[..., None] + steps)[..., :, None]
-    column = (cells.column[..., None] + steps)[..., None, :]
-    here = (row >= 0) & (row < h) & (column >= 0) & (column < w) & (cells.position == position)[..., None, None]
-    at = (image * h + jnp.where(here, row, 0)) * w + jnp.where(here, column, 0)
-    return here, at
+    steps = np.arange(-radius, radius + 1)[:, None, None]
+    image = np.arange(cells.row.shape[0])[:, None]
+    row, column = (cells.row + steps)[:, None], cells.column + steps
+    here = (row >= 0) & (row < h) & (column >= 0) & (column < w) & (cells.position == position)
+    return here, (image * h + jnp.where(here, row, 0)) * w + jnp.where(here, column, 0)
+
+
+def _cells_first(x: jax.Array) -> jax.Array:
+    """[k k b n ...] -> [b n k k ...]."""
+    return jnp.moveaxis(x, (0, 1), (2, 3))
 
 
 def _take_forward(
@@ -81,7 +87,7 @@ def _add_rows(maps: dict[int, jax.Array], values: jax.Array, cells: Cells, radiu
     """Maps {l: [b h w c]} with the patches `values` [b n k k c] added to them."""
     totals = {}
     for position, (level, x) in enumerate(maps.items()):
-        here, at = _places(x.shape, position, cells, radius)
+        here, at = map(_cells_first, _places(x.shape, position, cells, radius))
         added = jnp.where(here[..., None], values, jnp.zeros_like(values))
         rows = x.reshape(-1, x.shape[-1]).at[at].add(added, mode="promise_in_bounds")
         totals[level] = rows.reshape(x.shape)
@@ -92,8 +98,8 @@ def _add_by_tiles(maps: dict[int, jax.Array], values: jax.Array, cells: Cells, r
     """As `_add_rows`: a patch is a window whose bins are cells."""
     (b, n, k), c = values.shape[:3], values.shape[-1]
     inside = [_places(x.shape, position, cells, radius)[0] for position, x in enumerate(maps.values())]
-    values = jnp.where(functools.reduce(jnp.logical_or, inside)[..., None], values, jnp.zeros_like(values))
-    values = values.reshape(b, n, k * k, c)
+    inside = _cells_first(functools.reduce(jnp.logical_or, inside))
+    values = jnp.where(inside[..., None], values, jnp.zeros_like(values)).reshape(b, n, k * k, c)
     row, column = (x.astype(jnp.float32) - radius - 0.5 for x in (cells.row, cells.column))
     places = jnp.stack([row, jnp.ones_like(row), column, jnp.ones_like(row)], -1)
     windows = Windows(k, 1, k * k)
