@@ -79,13 +79,13 @@ def read_windows(
         out, total = refs[-2:]
         step = pl.program_id(0)
         first, last = _ends(ids, step, grid.shape)
-        of_window = _unpack(ids[step], lengths)[0] < b
+        image, _, *tile = _unpack(ids[step], lengths)
+        of_window = image < b
 
         @pl.when(first)
         def _():
             total[...] = jnp.zeros_like(total)
 
-        tile = _unpack(ids[step], lengths)[2:]
         matrix, of_map = _matrix(places, number_of(step, ids), tile, grid, windows, bins)
         # What a tile has beyond the map can be anything, even no number.
         values = jnp.where(of_map, cells[0].reshape(-1, c), jnp.zeros((), cells.dtype))
@@ -97,7 +97,7 @@ def read_windows(
 
         if before is not None:
 
-            @pl.when(~of_window)
+            @pl.when(~of_window)  # the only step then: its block is the last row, which may be of another map
             def _():
                 pltpu.sync_copy(refs[0].at[n - 1], out.at[0])
 
