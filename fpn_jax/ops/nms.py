@@ -4,13 +4,18 @@ Greedy means: in the order of falling scores (equal scores: the lower index firs
 of its group overlaps it by more than the threshold.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fpn_jax.ops.boxes import iou
+from fpn_jax.ops.platforms import by_platform
 
-BLOCK = 256  # candidates that nms_top looks at together
+# Candidates that nms_top looks at together. A GPU computes a larger matrix at once, and each block costs it the starts
+# of a dozen kernels and a question of the host.
+BLOCK = {"cpu": 256, "default": 1024}
 WORD = 32  # bits of the numbers that hold the matrix of suppression
 
 
@@ -38,33 +43,44 @@ def nms(
     return _settle(suppresses, valid)[:r]
 
 
+@jax.custom_batching.custom_vmap
 def _settle(suppresses: jax.Array, candidates: jax.Array) -> jax.Array:
-    """The kept boxes [r], given suppresses [r r] (row suppresses column, if it is kept) and candidates [r].
+    """The kept boxes [... r], given suppresses [... r r] (row suppresses column, if it is kept), candidates [... r].
 
     kept = candidates not suppressed by any kept box. `suppresses` follows a strict order, so there is exactly one
     solution, and repeated substitution reaches it in as many rounds as the longest chain of suppression has links.
     Every round reads the matrix, which is why it is packed into bits.
     """
-    words = _pack(suppresses)
+    words = _pack(suppresses, -2)
 
-    def changed(state):
-        kept, before = state
-        return jnp.any(kept != before)
+    def kept(by):
+        return candidates & ~jnp.any(words & by[..., None], axis=-2)
 
     def substitute(state):
-        kept, _ = state
-        return candidates & ~jnp.any(words & _pack(kept)[:, None], axis=0), kept
+        before, _ = state
+        now = _pack(kept(before), -1)
+        return now, jnp.any(now != before)
 
-    return jax.lax.while_loop(changed, substitute, substitute((candidates, candidates)))[0]
+    start = _pack(candidates, -1), jnp.array(True)
+    return kept(jax.lax.while_loop(lambda state: state[1], substitute, start)[0])
 
 
-def _pack(bits: jax.Array) -> jax.Array:
-    """bool [r ...] -> uint32 [r/32 ...]: of every 32 rows one word, the first its lowest bit, filled up with zeros."""
-    rows = -(-bits.shape[0] // WORD)
-    bits = jnp.pad(bits, [(0, WORD * rows - bits.shape[0]), *[(0, 0)] * (bits.ndim - 1)])
-    bits = bits.reshape(rows, WORD, *bits.shape[1:])
+@_settle.def_vmap
+def _settle_together(size: int, batched: list[bool], *given: jax.Array) -> tuple[jax.Array, bool]:
+    """All take the same rounds: one more changes nothing where the solution is found, and `vmap` itself would select
+    between before and after in each."""
+    given = (x if own else jnp.broadcast_to(x, (size, *x.shape)) for x, own in zip(given, batched, strict=True))
+    return _settle(*given), True
+
+
+def _pack(bits: jax.Array, axis: int) -> jax.Array:
+    """bool -> uint32: of every 32 along an axis, -1 or -2, one word, the first its lowest bit, filled up with zeros."""
+    bits = jnp.moveaxis(bits, axis, 0)
+    words = -(-len(bits) // WORD)
+    bits = jnp.pad(bits, [(0, WORD * words - len(bits)), *[(0, 0)] * (bits.ndim - 1)])
+    bits = bits.reshape(words, WORD, *bits.shape[1:])
     place = np.uint32(1) << np.arange(WORD, dtype=np.uint32).reshape(WORD, *[1] * (bits.ndim - 2))
-    return jnp.where(bits, place, 0).sum(axis=1, dtype=jnp.uint32)
+    return jnp.moveaxis(jnp.where(bits, place, 0).sum(axis=1, dtype=jnp.uint32), 0, axis)
 
 
 def nms_top(
@@ -78,33 +94,46 @@ def nms_top(
     """The first `max_output` boxes that greedy NMS keeps: (index int32 [max_output], valid bool [max_output]).
 
     Inputs as for `nms`, with finite scores; best first. Works through the sorted candidates in blocks and stops when
-    enough are kept, so that r may be large: memory is r + BLOCK * (BLOCK + max_output).
+    enough are kept, so that r may be large: memory is r + block * (block + max_output), see `BLOCK`.
     """
-    r = scores.shape[0]
-    boxes, groups = jnp.asarray(boxes), jnp.zeros(r, jnp.int32) if groups is None else jnp.asarray(groups)
-    blocks = -(-r // BLOCK)
+    if not len(scores):
+        return jnp.zeros(max_output, jnp.int32), jnp.zeros(max_output, bool)
+    given = boxes, scores, valid, jnp.zeros(len(scores), jnp.int32) if groups is None else groups
+    rules = {"threshold": threshold, "max_output": max_output}
+    forms = {name: partial(_top_by_blocks, block=block, **rules) for name, block in BLOCK.items()}
+    return by_platform(*map(jnp.asarray, given), **forms)
+
+
+def _top_by_blocks(
+    boxes: jax.Array,
+    scores: jax.Array,
+    valid: jax.Array,
+    groups: jax.Array,
+    threshold: float,
+    max_output: int,
+    block: int,
+) -> tuple[jax.Array, jax.Array]:
+    blocks = -(-len(scores) // block)
     order = jnp.argsort(jnp.where(valid, -scores, jnp.inf), stable=True).astype(jnp.int32)
-    order = jnp.pad(order, (0, blocks * BLOCK - r)).reshape(blocks, BLOCK)
+    order = jnp.pad(order, (0, blocks * block - len(scores))).reshape(blocks, block)
     num_valid = valid.sum()
 
     def unfinished(state):
-        block, _, count = state
-        return (block * BLOCK < num_valid) & (count < max_output)
+        i, _, count = state
+        return (i * block < num_valid) & (count < max_output)
 
     def one_block(state):
-        block, kept, count = state
-        index = order[block]
-        fresh = block * BLOCK + jnp.arange(BLOCK) < num_valid
+        i, kept, count = state
+        index = order[i]
+        fresh = i * block + jnp.arange(block) < num_valid
         overlaps = (iou(boxes[kept], boxes[index]) > threshold) & (groups[kept][:, None] == groups[index])
         overlaps &= (jnp.arange(max_output) < count)[:, None]
         fresh &= ~overlaps.any(axis=0)
         inside = (iou(boxes[index], boxes[index]) > threshold) & (groups[index][:, None] == groups[index])
         fresh = _settle(jnp.triu(inside, 1), fresh)
         slot = jnp.where(fresh, count + jnp.cumsum(fresh) - 1, max_output)
-        return block + 1, kept.at[slot].set(index, mode="drop"), count + fresh.sum()
+        return i + 1, kept.at[slot].set(index, mode="drop"), count + fresh.sum()
 
     start = (jnp.int32(0), jnp.zeros(max_output, jnp.int32), jnp.int32(0))
-    if r == 0:
-        return start[1], jnp.zeros(max_output, bool)
     _, kept, count = jax.lax.while_loop(unfinished, one_block, start)
     return kept, jnp.arange(max_output) < count

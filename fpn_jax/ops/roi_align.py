@@ -18,7 +18,7 @@ from fpn_jax.ops.boxes import area
 from fpn_jax.ops.platforms import by_platform
 from fpn_jax.ops.roi_points import corner_and_sides, neighbours
 from fpn_jax.ops.roi_tiles import align_by_tiles
-from fpn_jax.ops.rounds import IMAGES, Pieces, Table, in_pieces, map_table, pyramid_table, sort_into_pieces
+from fpn_jax.ops.rounds import IMAGES, PIECES, Pieces, Table, in_pieces, map_table, pyramid_table, sort_into_pieces
 from fpn_jax.ops.tiles import Windows
 
 
@@ -81,7 +81,7 @@ def multilevel_roi_align(
 
     def by_cells(pyramid, rois, level):
         parts, table = pyramid_table(pyramid, level)
-        return _align_images((jnp.concatenate(parts, axis=1),), rois, table, size, sampling_ratio, aligned)
+        return _align_images((jnp.concatenate(parts, axis=1),), rois, table, size, sampling_ratio, aligned, pieces=1)
 
     def by_levels(pyramid, rois, level):  # the gradient of each level is an array of its own from the first
         parts, table = pyramid_table(pyramid, level)
@@ -104,12 +104,21 @@ def multilevel_roi_align(
 
 
 def _align_images(
-    parts: tuple[jax.Array, ...], rois: jax.Array, table: Table, size: int, sampling_ratio: int, aligned: bool
+    parts: tuple[jax.Array, ...],
+    rois: jax.Array,
+    table: Table,
+    size: int,
+    sampling_ratio: int,
+    aligned: bool,
+    pieces: int = PIECES,
 ) -> jax.Array:
-    """Parts of the table [b n c], rois [b r 4] in pixels -> [b r size size c]."""
+    """Parts of the table [b n c], rois [b r 4] in pixels -> [b r size size c].
+
+    pieces: in which the gradient of a fixed number of points is scattered.
+    """
     axes = jax.vmap(lambda rois, table: _points(rois, table, size, sampling_ratio, aligned))(rois, table)
     if sampling_ratio > 0:
-        return jax.vmap(lambda parts, axes: _align(parts, axes, size, sampling_ratio))(parts, axes)
+        return jax.vmap(lambda parts, axes: _align(parts, axes, size, sampling_ratio, pieces))(parts, axes)
     return _align_adaptive(jnp.concatenate(parts, axis=1), axes, size)
 
 
@@ -159,8 +168,10 @@ def _taps(axes: tuple[_Axis, _Axis], y: int | jax.Array, x: int | jax.Array, siz
     return tuple(jnp.moveaxis(v.reshape(r, size, size, 4), -1, 0) for v in (cells, weights))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _align(parts: tuple[jax.Array, ...], axes: tuple[_Axis, _Axis], size: int, sampling_ratio: int) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _align(
+    parts: tuple[jax.Array, ...], axes: tuple[_Axis, _Axis], size: int, sampling_ratio: int, pieces: int
+) -> jax.Array:
     """Parts of the table [n c], points of r RoIs -> [r size size c], summed in float32."""
     cells = jnp.concatenate(parts)
     out = jnp.zeros((axes[0].start.shape[0], size, size, cells.shape[1]), jnp.float32)
@@ -189,11 +200,11 @@ def _scatter_point(
     return tuple(total.at[place].add(own, mode="drop") for total, place in zip(totals, places, strict=True))
 
 
-def _align_forward(parts, axes, size, sampling_ratio):
-    return _align(parts, axes, size, sampling_ratio), (parts, axes)
+def _align_forward(parts, axes, size, sampling_ratio, pieces):
+    return _align(parts, axes, size, sampling_ratio, pieces), (parts, axes)
 
 
-def _align_backward(size, sampling_ratio, residual, gradient):
+def _align_backward(size, sampling_ratio, pieces, residual, gradient):
     parts, axes = residual
 
     def scatter_piece(totals, inputs):
@@ -202,7 +213,8 @@ def _align_backward(size, sampling_ratio, residual, gradient):
             totals = _scatter_point(totals, gradient, axes, y, x)
         return totals, None
 
-    inputs = jax.tree.map(in_pieces, (axes, gradient.astype(jnp.float32)))  # where no RoI is, no gradient either
+    given = axes, gradient.astype(jnp.float32)
+    inputs = jax.tree.map(lambda x: in_pieces(x, pieces=pieces), given)  # where no RoI is, no gradient either
     totals, _ = jax.lax.scan(scatter_piece, tuple(jnp.zeros(x.shape, jnp.float32) for x in parts), inputs)
     return tuple(total.astype(x.dtype) for total, x in zip(totals, parts, strict=True)), None
 

@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# The gradient is scattered in so many pieces, and RoIs of unlike sizes are sorted into so many. On a CPU a piece then
-# stays in the cache (four times as fast as all at once, and one piece for each RoI is no faster); on an accelerator the
-# memory for a gigabyte of updates is saved.
+# RoIs of unlike sizes are sorted into so many pieces, and on a CPU a gradient is scattered in so many: a piece then
+# stays in the cache (four times as fast as all at once, and one piece for each RoI is no faster).
 PIECES = 32
 
 
@@ -45,10 +44,10 @@ def pyramid_table(pyramid: Mapping[int, jax.Array], level: jax.Array) -> tuple[t
     return cells, Table(*(jnp.asarray(x)[position] for x in (starts, heights, widths, scales)))
 
 
-def in_pieces(x: jax.Array, fill: Any = 0) -> jax.Array:
-    """x [r ...] -> [pieces piece ...], `fill` where there is no RoI."""
+def in_pieces(x: jax.Array, fill: Any = 0, pieces: int = PIECES) -> jax.Array:
+    """x [r ...] -> [pieces piece ...], or fewer pieces if r is less; `fill` where there is no RoI."""
     r = x.shape[0]
-    piece = max(-(-r // PIECES), 1)
+    piece = max(-(-r // pieces), 1)
     pieces = -(-r // piece)
     padding = [(0, pieces * piece - r)] + [(0, 0)] * (x.ndim - 1)
     return jnp.pad(x, padding, constant_values=fill).reshape(pieces, piece, *x.shape[1:])

@@ -1,5 +1,7 @@
 """Both NMS functions against one-box-at-a-time greedy suppression, and against torchvision."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,9 +75,21 @@ def test_nms_is_greedy_for_a_batch_of_troubles(batch, threshold):
         assert np.flatnonzero(got).tolist() == sorted(expected), name
 
 
+def test_levels_of_images_at_once(batch):
+    """Two vmaps, one of which shares its boxes: the proposals of an RPN are sorted out so."""
+    boxes, _, valid, _ = batch
+    thirds = np.stack([valid, valid & (np.arange(R) % 3 > 0)])
+    both = jax.vmap(jax.vmap(lambda boxes, valid: nms(boxes, None, valid, 0.5)), in_axes=(None, 0))
+    kept, program = jax.jit(both)(boxes, thirds), str(jax.make_jaxpr(both)(boxes, thirds))
+    for i, usable in enumerate(thirds):
+        for got, *inputs in zip(kept[i], boxes, usable, strict=True):
+            assert got.tolist() == nms(inputs[0], None, inputs[1], 0.5).tolist()
+    assert re.findall(r":(\S+) = while\[", program) == ["bool[]"]  # one loop, which ends for all at once
+
+
 @pytest.mark.parametrize(("block", "max_output"), [(16, 40), (7, 5), (256, 120)])
 def test_nms_top_is_the_head_of_greedy_in_blocks_of_any_size(batch, monkeypatch, block, max_output):
-    monkeypatch.setattr(nms_ops, "BLOCK", block)
+    monkeypatch.setattr(nms_ops, "BLOCK", dict.fromkeys(nms_ops.BLOCK, block))
     index, valid = jax.jit(jax.vmap(lambda *x: nms_ops.nms_top(*x[:3], 0.5, max_output, x[3])))(*batch)
     assert index.shape == (len(batch[0]), max_output)
     for name, got, used, *inputs in zip(cases(), index, valid, *batch, strict=True):
@@ -103,13 +117,14 @@ def test_alternate_links_of_a_chain_survive():
 
 def test_many_candidates_in_blocks_of_the_real_size():
     rng = np.random.default_rng(1)
-    r = 3 * nms_ops.BLOCK + 11
+    block = nms_ops.BLOCK["cpu"]
+    r = 3 * block + 11
     corners = rng.uniform(0, 200, (r, 2))
     boxes = np.concatenate([corners, corners + rng.uniform(10, 40, (r, 2))], -1).astype(np.float32)
     scores = np.round(rng.uniform(size=r), 2).astype(np.float32)
     valid, groups = rng.uniform(size=r) < 0.9, rng.integers(0, 4, r)
     expected = slow_nms(boxes, scores, valid, 0.3, groups)
-    assert len(expected) > nms_ops.BLOCK
+    assert len(expected) > block
     index, used = nms_top(boxes, scores, valid, 0.3, max_output=400, groups=groups)
     assert index[used].tolist() == expected[:400]
     assert np.flatnonzero(nms(boxes, scores, valid, 0.3, groups)).tolist() == sorted(expected)

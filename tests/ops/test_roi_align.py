@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 
 from fpn_jax.ops import roi_align as roi_ops
+from fpn_jax.ops.platforms import compiling_for
 from fpn_jax.ops.roi_align import multilevel_roi_align, roi_align
 
 align = jax.jit(roi_align, static_argnames=("size", "sampling_ratio", "aligned"))
@@ -251,11 +252,24 @@ def test_golden_pyramid(data_dir):
     np.testing.assert_allclose(got, golden["multiscale/out_7x7"], atol=5e-5)
 
 
-@pytest.mark.parametrize(("platform", "arrays"), [("cpu", {"30x3", "12x3"}), ("cuda", {"42x3"})])
-def test_on_a_cpu_each_level_has_an_array_of_its_own_for_the_gradient(platform, arrays):
-    """On GPUs they share one: four scatters in place of one are as many kernels to start."""
-    pyramid, rois = {2: jnp.zeros((1, 5, 6, 3)), 3: jnp.zeros((1, 3, 4, 3))}, jnp.zeros((1, 4, 4))
-    gradient = jax.jit(jax.grad(lambda pyramid: multilevel_roi_align(pyramid, rois).sum()))
+def test_gradients_of_gpus_are_those_of_cpus():
+    """At once there, in pieces that 75 RoIs do not fill here."""
+    pyramid, rois = pyramid_of(), rois_of_all_levels(r=75)
+    g = np.random.default_rng(1).normal(size=(2, 75, 7, 7, 3)).astype(np.float32)
+
+    def gradient(platform):
+        with compiling_for(platform):
+            return jax.jit(jax.grad(lambda p: jnp.vdot(g, multilevel_roi_align(p, rois, canonical=30.0))))(pyramid)
+
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-4), gradient("cuda"), gradient("cpu"))
+
+
+@pytest.mark.parametrize(("platform", "arrays", "rois"), [("cpu", {"30x3", "12x3"}, 2), ("cuda", {"42x3"}, 40)])
+def test_on_a_cpu_each_level_has_an_array_of_its_own_for_the_gradient(platform, arrays, rois):
+    """And two of 40 RoIs at a time are scattered. On a GPU more scatters are as many more kernels to start."""
+    pyramid = {2: jnp.zeros((1, 5, 6, 3)), 3: jnp.zeros((1, 3, 4, 3))}
+    gradient = jax.jit(jax.grad(lambda pyramid: multilevel_roi_align(pyramid, jnp.zeros((1, 40, 4))).sum()))
     text = gradient.trace(pyramid).lower(lowering_platforms=(platform,)).as_text()
-    scattered = re.findall(r"stablehlo.scatter.*?\}\) : \(tensor<1x(\d+x\d+)xf32>", text, re.DOTALL)
-    assert set(scattered) == arrays
+    found = re.findall(r"\}\) : \(tensor<1x(\d+x3)xf32>, \S+ tensor<1x4x(\d+)x7x7x3xf32>\)", text)
+    assert {array for array, _ in found} == arrays
+    assert {int(r) for _, r in found} == {rois}

@@ -1,7 +1,7 @@
 """The region proposal network on a pyramid (Ren et al., arXiv 1506.01497; on FPN: arXiv 1612.03144, section 4.1)."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -278,20 +278,13 @@ def propose(
     before = settings.pre_nms_train if train else settings.pre_nms_test
     after = settings.post_nms_train if train else settings.post_nms_test
 
-    def level_candidates(level, logits, deltas, anchors, size):
-        logits = logits.astype(jnp.float32)
-        if before:
-            logits, best = jax.lax.top_k(logits, min(before, logits.shape[0]))
-            deltas, anchors = take_anchors(deltas, best, settings.anchors_per_cell(level)), anchors[best]
-        boxes = box_ops.clip(box_ops.decode(deltas.astype(jnp.float32), anchors, settings.delta_weights), size)
-        good = box_ops.is_larger(boxes, settings.min_size) & (jax.nn.sigmoid(logits) >= settings.score_threshold)
-        if before:
-            return boxes, jnp.where(nms(boxes, None, good, settings.nms_iou), logits, -jnp.inf)
-        index, keep = nms_top(boxes, logits, good, settings.nms_iou, min(after, logits.shape[0]))
-        return boxes[index], jnp.where(keep, logits[index], -jnp.inf)
-
     def image_proposals(logits, deltas, size):
-        boxes, kept = zip(*(level_candidates(x, logits[x], deltas[x], anchors[x], size) for x in logits), strict=True)
+        logits = {level: x.astype(jnp.float32) for level, x in logits.items()}
+        if before:
+            candidates = _best_kept(settings, before, logits, deltas, anchors, size)
+        else:
+            candidates = _kept_of_all(settings, after, logits, deltas, anchors, size)
+        boxes, kept = zip(*candidates, strict=True)
         levels = np.repeat(np.int32(list(logits)), [len(x) for x in kept])
         boxes, kept = jnp.concatenate(boxes), jnp.concatenate(kept)
         kept, best = jax.lax.top_k(kept, min(after, kept.shape[0]))
@@ -300,3 +293,48 @@ def propose(
         return Proposals(boxes, jax.nn.sigmoid(kept), valid, jnp.asarray(levels)[best])
 
     return jax.lax.stop_gradient(per_device(jax.vmap(image_proposals))(dict(logits), dict(deltas), size))
+
+
+Levels = Mapping[int, jax.Array]
+Candidates = Iterator[tuple[jax.Array, jax.Array]]  # of each level, boxes [n 4] and logits [n], -inf where suppressed
+
+
+def _best_kept(
+    settings: RPNSettings, most: int, logits: Levels, deltas: Levels, anchors: Levels, size: jax.Array
+) -> Candidates:
+    """NMS among the `most` best of each level of an image, all levels side by side: one loop, and not one for each."""
+    counts = {level: min(most, len(x)) for level, x in logits.items()}
+
+    def top(level, count):
+        best_logits, best = jax.lax.top_k(logits[level], count)
+        own = take_anchors(deltas[level], best, settings.anchors_per_cell(level)), anchors[level][best]
+        # Filled up to the longest with boxes that have no sides, which touch none.
+        more = max(counts.values()) - count
+        return jnp.pad(best_logits, (0, more), constant_values=-jnp.inf), *(
+            jnp.pad(x, ((0, more), (0, 0))) for x in own
+        )
+
+    of_levels = [jnp.stack(x) for x in zip(*(top(*x) for x in counts.items()), strict=True)]
+    boxes, usable = _decoded(settings, *of_levels, size)
+    kept = jax.vmap(lambda boxes, usable: nms(boxes, None, usable, settings.nms_iou))(boxes, usable)
+    kept = jnp.where(kept, of_levels[0], -jnp.inf)
+    return ((boxes[i, :count], kept[i, :count]) for i, count in enumerate(counts.values()))
+
+
+def _kept_of_all(
+    settings: RPNSettings, most: int, logits: Levels, deltas: Levels, anchors: Levels, size: jax.Array
+) -> Candidates:
+    """NMS among all of each level of an image until `most` are kept."""
+    for level, own in logits.items():
+        boxes, usable = _decoded(settings, own, deltas[level].astype(jnp.float32), anchors[level], size)
+        index, keep = nms_top(boxes, own, usable, settings.nms_iou, min(most, len(own)))
+        yield boxes[index], jnp.where(keep, own[index], -jnp.inf)
+
+
+def _decoded(
+    settings: RPNSettings, logits: jax.Array, deltas: jax.Array, anchors: jax.Array, size: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """(boxes [... 4], whether they may be proposals [...])."""
+    boxes = box_ops.clip(box_ops.decode(deltas, anchors, settings.delta_weights), size)
+    likely = jax.nn.sigmoid(logits) >= settings.score_threshold
+    return boxes, box_ops.is_larger(boxes, settings.min_size) & likely
