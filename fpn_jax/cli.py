@@ -3,9 +3,12 @@
 import difflib
 import importlib.util
 import itertools
+import os
 import re
+import select
 import shlex
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -32,7 +35,11 @@ def run(main: Callable[[Sequence[str]], None], words: bool = False) -> None:
             if argv[1:] and not words:
                 raise UserError(f"{argv[1]!r} is no flag; write --NAME=VALUE, without spaces, and quote what has some")
             main(argv)
+            sys.stdout.flush()
         except (UserError, ProcessLost, Stopped, OSError, KeyboardInterrupt) as error:
+            if isinstance(error, BrokenPipeError) and _reader_has_left():
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tells of it once more
+                sys.exit(128 + signal.SIGPIPE)
             if explain(error) is None:
                 raise
             _end(error)
@@ -104,6 +111,13 @@ def interpreter() -> str:
     if running.is_relative_to(Path.cwd()):
         running = running.relative_to(Path.cwd())
     return shlex.quote(str(running))
+
+
+def _reader_has_left() -> bool:
+    """Whether what is printed goes into a pipe that nobody reads any more, such as that of `| head`."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # what is wrong is told of without asking
+    return bool(poll.poll(0))
 
 
 def _end(error: BaseException) -> None:

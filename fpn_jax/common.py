@@ -18,7 +18,7 @@ from fpn_jax.data.class_lists import class_list
 from fpn_jax.data.datasets import Split, open_split
 from fpn_jax.data.pipeline import PipelineOptions, default_buckets
 from fpn_jax.data.transforms import resized_size
-from fpn_jax.errors import UserError
+from fpn_jax.errors import UserError, some, warn
 from fpn_jax.models import build_detector
 from fpn_jax.models.detector import Detector
 from fpn_jax.storage import mirror, paths
@@ -212,13 +212,23 @@ def fingerprint(*splits: Split) -> dict[str, str]:
 
 
 def check_classes(classes: Classes, split: Split, workdir: str) -> None:
-    """Raise a `UserError` unless the split has the classes that the workdir's detector was trained on."""
+    """Raise a `UserError` unless the split has the classes that the workdir's detector was trained on.
+
+    Tells of those whose id has another name there.
+    """
     if classes.category_ids != list(split.category_ids):
         raise UserError(
             f"--workdir={workdir} was trained on {len(classes.names)} classes with ids {classes.category_ids[:5]}..., "
             f"{split.name} has {len(split.class_names)} with ids {list(split.category_ids)[:5]}...; "
             "use the data set it was trained on, or train in another --workdir"
         )
+    renamed = [
+        f"{category} is {now!r}, there {before!r}"
+        for category, before, now in zip(classes.category_ids, classes.names, split.class_names, strict=True)
+        if before != now
+    ]
+    if renamed and sharding.process()[0] == 0:
+        warn(f"{split.name} has other names for the categories of --workdir={workdir}: {some(renamed)}")
 
 
 def make_detector(config: ml_collections.ConfigDict, classes: Classes) -> Detector:

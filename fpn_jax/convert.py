@@ -5,6 +5,7 @@ python -m fpn_jax.convert --from=resnet50.safetensors --part=backbone --config=.
 python -m fpn_jax.convert --workdir=runs/tv --to=my_detector.pth      # loads into torchvision with strict=True
 """
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -140,7 +141,8 @@ def main(argv: Sequence[str]) -> None:
         print("\n".join(convert_out(_WORKDIR.value, _TO.value, _NAMES.value, _CHECKPOINT.value)))
         return
     print("\n".join(convert_in(_CONFIG.value, _FROM.value, _WORKDIR.value, _PART.value, _RESET.value)))
-    print(f"next: {cli.interpreter()} -m fpn_jax.predict --workdir={_WORKDIR.value} picture.jpg --output=found")
+    workdir = shlex.quote(f"--workdir={_WORKDIR.value}")
+    print(f"next: {cli.interpreter()} -m fpn_jax.predict {workdir} picture.jpg --output=found")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """How a run ends other than well: the exceptions, and the one line and the exit status that each becomes."""
 
 import errno
+import sys
 from collections.abc import Sequence
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
@@ -40,6 +41,11 @@ def some(items: Sequence[str], most: int = 5, separator: str = ", ") -> str:
     return separator.join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
+def warn(line: str) -> None:
+    """Tell on stderr of what may be a mistake. Not by `logging`, which is silenced for the libraries' sake."""
+    print(f"warning: {' '.join(line.split())}", file=sys.stderr, flush=True)
+
+
 def explain(error: BaseException) -> tuple[str, int] | None:
     """(the line to print, the exit status), or None for what is our own mistake and deserves a traceback."""
     if isinstance(error, UserError | ProcessLost):
@@ -47,7 +53,7 @@ def explain(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, Stopped):
         return str(error), error.status
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted; the same command continues from the last checkpoint", 130
+        return "interrupted; the same command goes on, a training from its last checkpoint", 130
     if isinstance(error, OSError):  # a full disk or a read-only folder is the user's to mend, too
         by_path = error.errno in _PATH_ERRORS and error.filename
         if by_path or error.errno in _DISK_ERRORS:

@@ -3,6 +3,7 @@
 python -m fpn_jax.predict --workdir=runs/demo picture.jpg folder/ --output=found [--threshold=0.5]
 """
 
+import collections
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from fpn_jax import cli, common, evaluation, visualize
 from fpn_jax.data.decode import decode
 from fpn_jax.data.pipeline import image_batch
-from fpn_jax.errors import UserError
+from fpn_jax.errors import UserError, some
 from fpn_jax.storage.paths import path as output_path
 from fpn_jax.storage.paths import write_atomically
 from fpn_jax.training import checkpoint, sharding
@@ -27,6 +28,7 @@ _THRESHOLD = cli.flag("threshold", float, 0.5, "Boxes below this score are not d
 _TIGHT = cli.flag("tight", bool, False, "Pad images no further than torchvision does; each size is compiled anew.")
 _CHECKPOINT = cli.flag("checkpoint", str, "best", "Which weights: best (of the evaluations) or latest.")
 
+_MOST_NAMED = 10
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
@@ -35,7 +37,7 @@ def find_images(paths: Sequence[str]) -> list[Path]:
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and not p.is_dir())
             if not inside:
                 raise UserError(f"{path}: no pictures in this folder (looked for {' '.join(SUFFIXES)})")
             found += inside
@@ -57,6 +59,10 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--output={_OUTPUT.value}: there is a file of this name; name a folder")
     paths = find_images(argv[1:])
     output = output_path(_OUTPUT.value)
+    names = dict(zip(paths, picture_names(paths), strict=True))
+    own = {path.resolve() for path in paths}
+    if over := next((name for name in names.values() if (Path(output) / name).resolve() in own), None):
+        raise UserError(f"--output={_OUTPUT.value}: {over} there is one of the pictures given; name another folder")
     config = checkpoint.read_config(_WORKDIR.value)
     common.set_up_jax()
     mesh = sharding.make_mesh(devices=sharding.first_device())
@@ -77,40 +83,55 @@ def main(argv: Sequence[str]) -> None:
 
     results: list[dict[str, Any]] = []
     unreadable: list[str] = []
-    for number, (path, image) in enumerate(_images(paths, unreadable), start=1):
-        size = np.array([image.shape[:2]])
-        host = image_batch([image], common.pad_tightly(options, size) if _TIGHT.value else options)
-        found = sharding.local_rows(detect(variables, sharding.put_batch(mesh, host)))
-        boxes = evaluation.to_original(found.boxes[0], host["size"][0], host["original_size"][0])
-        rows = evaluation.coco_results(
-            boxes, found.scores[0], found.labels[0], found.valid[0], number, classes.category_ids
-        )
-        results += [row | {"file_name": str(path)} for row in rows]
-        shown = found.valid[0] & (found.scores[0] >= _THRESHOLD.value)
-        picture = visualize.draw(image, boxes[shown], found.labels[0][shown], found.scores[0][shown], classes.names)
-        visualize.save(output / _picture_name(path, paths), picture, quality=92)
-    write_atomically(output / "detections.json", lambda file: file.write(json.dumps(results) + "\n"))
+    try:
+        for number, (path, image) in enumerate(_images(paths, unreadable), start=1):
+            size = np.array([image.shape[:2]])
+            host = image_batch([image], common.pad_tightly(options, size) if _TIGHT.value else options)
+            found = sharding.local_rows(detect(variables, sharding.put_batch(mesh, host)))
+            boxes = evaluation.to_original(found.boxes[0], host["size"][0], host["original_size"][0])
+            rows = evaluation.coco_results(
+                boxes, found.scores[0], found.labels[0], found.valid[0], number, classes.category_ids
+            )
+            results += [row | {"file_name": str(path)} for row in rows]
+            shown = found.valid[0] & (found.scores[0] >= _THRESHOLD.value)
+            picture = visualize.draw(image, boxes[shown], found.labels[0][shown], found.scores[0][shown], classes.names)
+            visualize.save(output / names[path], picture, quality=92)
+    finally:  # of an hour's pictures those that are done, whatever befell the next
+        write_atomically(output / "detections.json", lambda file: file.write(json.dumps(results) + "\n"))
     print(f"{len(results)} detections in {len(paths) - len(unreadable)} pictures; written to {output}/")
     if unreadable:
-        more = f" and {len(unreadable) - 1} more" if len(unreadable) > 1 else ""
-        raise UserError(
-            f"{unreadable[0]}{more}; {'the others are done' if len(unreadable) < len(paths) else 'no picture is done'}"
-        )
+        rest = "the others are done" if len(unreadable) < len(paths) else "no picture is done"
+        raise UserError(f"{some(unreadable, _MOST_NAMED, ' | ')}; {rest}")
 
 
 def _images(paths: list[Path], unreadable: list[str]) -> Iterator[tuple[Path, np.ndarray]]:
     """The pictures that can be read; why the others cannot goes to `unreadable`."""
     for path in tqdm(paths, "predict", disable=not sys.stderr.isatty(), leave=False):
         try:
-            yield path, decode(path.read_bytes(), str(path), None)
+            data = path.read_bytes()
+        except OSError as error:
+            unreadable.append(f"{path}: cannot be read ({error.strerror or error})")
+            continue
+        try:
+            image = decode(data, str(path), None)
         except UserError as error:
             unreadable.append(str(error))
+            continue
+        yield path, image
 
 
-def _picture_name(path: Path, paths: list[Path]) -> str:
-    """NAME.jpg, with the folder's name before it where two pictures would share it."""
-    twins = sum(other.stem == path.stem for other in paths) > 1
-    return f"{'_'.join(path.with_suffix('').parts).strip('_/')}.jpg" if twins else f"{path.stem}.jpg"
+def picture_names(paths: Sequence[Path]) -> list[str]:
+    """NAME.jpg for each picture; where two would share it the folders come before it, then its own suffix behind it,
+    then its number."""
+    forms = [
+        [path.stem, "_".join(path.with_suffix("").parts).strip("_/"), "_".join(path.parts).strip("_/")]
+        for path in paths
+    ]
+    count = collections.Counter(form for own in forms for form in set(own))
+    return [
+        f"{next((form for form in own if count[form] == 1), f'{own[-1]}_{number}')}.jpg"
+        for number, own in enumerate(forms, start=1)
+    ]
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ annotations/instances_SPLIT.json, instances_SPLIT.json, instances.json or SPLIT/
 images in images/SPLIT, SPLIT, images or beside the annotations.
 """
 
+import shlex
 from collections.abc import Sequence
 
 from absl import logging
@@ -61,9 +62,8 @@ def next_command(prepared: Prepared, data_dir: str) -> str:
         if prepared.dataset == COCO_2017:
             config = "experiments/faster_rcnn_r50_fpn.py"  # whose first stages are frozen: they need weights
             values |= {"init_from": "torchvision://resnet50/IMAGENET1K_V1", "init_part": "backbone"}
-    parts = [f"{cli.interpreter()} -m fpn_jax.train", f"--config={config}", f"--workdir={workdir}"]
-    parts += [f"--config.{key}={value}" for key, value in values.items()]
-    return " ".join(parts)
+    parts = [f"--config={config}", f"--workdir={workdir}", *(f"--config.{key}={x}" for key, x in values.items())]
+    return f"{cli.interpreter()} -m fpn_jax.train {shlex.join(parts)}"
 
 
 def _guess_splits(names: list[str]) -> tuple[str, str]:

@@ -38,7 +38,8 @@ def propose(workdir: str, split: Split, path: Any, most: int, which: str = "best
     kind = config.model.get("detector", "faster_rcnn")
     if kind != "rpn":
         raise UserError(f"{workdir} is no RPN but a {kind}: give the workdir of model.detector=rpn")
-    config.model.rpn.pre_nms_test = max(config.model.rpn.pre_nms_test, most)
+    if config.model.rpn.pre_nms_test:  # 0: all
+        config.model.rpn.pre_nms_test = max(config.model.rpn.pre_nms_test, most)
     config.model.rpn.post_nms_test = most
     mesh_options = sharding.fitting(common.mesh_options(config))
     mesh = sharding.make_mesh(options=mesh_options)

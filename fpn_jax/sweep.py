@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -96,7 +97,7 @@ def sweep(config: ml_collections.ConfigDict, workdir: str, seeds: int, only: Seq
     if failures:
         raise UserError(f"{len(failures)} runs failed: {'; '.join(failures)}; see above, mend, run the same command")
     if first:
-        print(f"done; next: {cli.interpreter()} -m fpn_jax.report --workdir={workdir}")
+        print(f"done; next: {cli.interpreter()} -m fpn_jax.report {shlex.quote(f'--workdir={workdir}')}")
 
 
 def check_rows(config: ml_collections.ConfigDict) -> dict[str, dict[str, Any]]:

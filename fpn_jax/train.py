@@ -16,7 +16,7 @@ import ml_collections
 
 from fpn_jax import cli, common, visualize
 from fpn_jax.data.datasets import Split
-from fpn_jax.data.pipeline import PipelineOptions, train_batches
+from fpn_jax.data.pipeline import PipelineOptions, bucket_members, train_batches
 from fpn_jax.errors import Stopped, UserError
 from fpn_jax.models import build_detector
 from fpn_jax.models.detector import Detector
@@ -34,6 +34,8 @@ from fpn_jax.types import TrainState
 
 _CONFIG = cli.config_flag()
 _WORKDIR = cli.flag("workdir", str, None, "Folder for checkpoints, metrics and scores; a run there continues.")
+
+_BY_BUCKET = "images by bucket (data.buckets, shorter, longest, rounding and skip_empty decide)"
 
 
 def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
@@ -76,7 +78,7 @@ def _train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
         state = sharding.put_state(mesh, make_state(variables, optimizer, config.ema_decay), over)
         how = config.seed, config.accumulate, config.ema_decay, mesh, over
         train_step = make_train_step(detector, optimizer, schedule, *how)
-        position = _position(config, train_split)
+        position = _position(config, train_split, options)
         if found := checkpoints.restore(state):
             state, saved_position = found
             _check_same_data(saved_position, position, workdir)
@@ -87,6 +89,8 @@ def _train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
             changes = _changes(config, workdir)
             checkpoint.write_config(workdir, config)
             classes.write(workdir)
+            if first < config.num_steps:  # a run that was finished goes on: those are not its scores any more
+                (path(workdir) / "metrics.json").unlink(missing_ok=True)
         metrics = _finished(workdir) if first >= config.num_steps else None
         # Saving comes before evaluating: an evaluation of this very step may have been cut short or never have begun.
         again = metrics is None and _evaluates(config, first)
@@ -255,7 +259,7 @@ def _changes(config: ml_collections.ConfigDict, workdir: str) -> list[str]:
     ]
 
 
-def _position(config: ml_collections.ConfigDict, split: Split) -> dict[str, Any]:
+def _position(config: ml_collections.ConfigDict, split: Split, options: PipelineOptions) -> dict[str, Any]:
     """With the step, the exact place in the data: the batches are a function of these and the step alone."""
     return {
         "seed": config.seed,
@@ -263,12 +267,13 @@ def _position(config: ml_collections.ConfigDict, split: Split) -> dict[str, Any]
         "dataset": split.name,
         "split": split.split,
         "images": len(split),
+        _BY_BUCKET: bucket_members(split, options),
     }
 
 
 def _check_same_data(saved: dict[str, Any], wanted: dict[str, Any], workdir: str) -> None:
     for name, value in wanted.items():
-        if saved.get(name) != value:
+        if saved.get(name, value) != value:
             raise UserError(
                 f"--workdir={workdir} was trained with {name} {saved.get(name)!r}, now it is {value!r}: the order of "
                 "the data would break; set it back, or train into another --workdir"

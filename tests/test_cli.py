@@ -1,6 +1,9 @@
 """A user's mistake on the command line is one line on stderr that says what to do, and exit status 2."""
 
+import os
 import re
+import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +26,17 @@ cli.run(main)
 def show(*arguments, cwd=ROOT):
     command = [sys.executable, "-c", SHOW, *arguments]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
+
+
+def test_a_pipe_that_is_closed_ends_a_command_without_a_word():
+    """As `| head -1` closes it; few lines are noticed at the end alone, many while they are written."""
+    for lines in (1, 50_000):
+        body = f"from fpn_jax import cli\ndef main(argv):\n for _ in range({lines}): print('so much')\ncli.run(main)"
+        piped = f"{shlex.quote(sys.executable)} -c {shlex.quote(body)} | true; exit ${{PIPESTATUS[0]}}"
+        environment = {"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"]}
+        slow = piped.replace("def main(argv):", "import time\ndef main(argv):\n time.sleep(0.5)")  # true has ended
+        done = subprocess.run(["bash", "-c", slow], capture_output=True, text=True, env=environment)
+        assert (done.stderr, done.returncode) == ("", 128 + signal.SIGPIPE)
 
 
 @pytest.mark.parametrize(

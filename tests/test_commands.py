@@ -1,6 +1,7 @@
 """The commands one after another, as a user gives them, on tiny data: what they write and how they refuse."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from launching import environment
 
 from fpn_jax.data.datasets import open_split
-from fpn_jax.predict import find_images
+from fpn_jax.predict import find_images, picture_names
 
 ROOT = Path(__file__).parent.parent
 
@@ -100,8 +101,12 @@ def test_predict_draws_what_it_can_read_and_names_the_rest(trained, tmp_path):
     cv2.imwrite(str(folder / "wide.png"), rng.integers(0, 256, (30, 90, 3), np.uint8))
     cv2.imwrite(str(folder.parent / "grey.jpg"), rng.integers(0, 256, (50, 40), np.uint8))
     (folder / "broken.jpg").write_text("not a picture")
+    (folder / "gone.jpg").symlink_to("nowhere")
+    (folder / "folder.jpg").mkdir()
     done = run("predict", f"--workdir={workdir}", f"--output={tmp_path}/out", "--threshold=0", tmp_path / "in")
-    assert "broken.jpg" in fails_in_one_line(done)
+    error = fails_in_one_line(done)
+    assert all(name in error for name in ("broken.jpg: ", "gone.jpg: cannot be read (No such file"))
+    assert error.endswith("the others are done")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["detections.json", "grey.jpg", "wide.jpg"]
     results = json.loads((tmp_path / "out" / "detections.json").read_text())
     assert {Path(r["file_name"]).name for r in results} == {"grey.jpg", "wide.png"}
@@ -112,11 +117,44 @@ def test_predict_draws_what_it_can_read_and_names_the_rest(trained, tmp_path):
         assert 1 <= row["category_id"] <= 8
 
 
+def test_predict_writes_over_no_picture_that_it_was_given(trained, tmp_path):
+    workdir, *_ = trained
+    cv2.imwrite(str(tmp_path / "a.jpg"), np.zeros((40, 50, 3), np.uint8))
+    before = (tmp_path / "a.jpg").read_bytes()
+    done = run("predict", f"--workdir={workdir}", f"--output={tmp_path}", tmp_path / "a.jpg")
+    assert f"--output={tmp_path}: a.jpg there is one of the pictures given" in fails_in_one_line(done)
+    assert (tmp_path / "a.jpg").read_bytes() == before
+
+
+def test_pictures_have_names_of_their_own():
+    paths = ["b.jpg", "in/a.jpg", "in/a.png", "/x/c.jpg", "/y/c.jpg", "x_c.jpg", "b/d.png", "b/d.png"]
+    names = picture_names(list(map(Path, paths)))
+    assert names[:5] == ["b.jpg", "in_a.jpg.jpg", "in_a.png.jpg", "x_c.jpg_4.jpg", "y_c.jpg"]
+    assert len(set(names)) == len(paths)
+
+
+def test_a_finished_run_that_goes_on_has_no_scores_until_it_is_scored_again(trained, tmp_path):
+    """Killed before its last evaluation it would show those of the shorter run."""
+    workdir, arguments, _ = trained
+    longer = tmp_path / "longer"
+    shutil.copytree(workdir, longer)
+    demo = ["train", "--config=experiments/demo.py", f"--workdir={longer}", *arguments, "--config.num_steps=4"]
+    (longer / "eval").rename(tmp_path / "aside")
+    (longer / "eval").write_text("in the way")  # of the evaluation, after step 4 is saved
+    assert run(*demo).returncode != 0
+    assert (longer / "checkpoints" / "4").exists() and not (longer / "metrics.json").exists()
+    (longer / "eval").unlink()
+    done = run(*demo)
+    assert done.returncode == 0, done.stderr
+    assert (longer / "metrics.json").exists() and "eval/AP" in (longer / "metrics.jsonl").read_text().splitlines()[-1]
+
+
 def test_mistakes_are_one_line(trained, tmp_path):
     workdir, arguments, _ = trained
     demo = ["train", "--config=experiments/demo.py", f"--workdir={workdir}", *arguments]
     assert "another architecture" in fails_in_one_line(run(*demo, "--config.model.neck.channels=16"))
     assert "batch_size" in fails_in_one_line(run(*demo, "--config.batch_size=4"))
+    assert "images by bucket" in fails_in_one_line(run(*demo, "--config.data.buckets=((64, 64), (32, 64))"))
     idle = fails_in_one_line(run(*demo, "--config.data.proposals_train=x.npz"))
     assert "data.proposals_train is 'x.npz', but faster_rcnn makes its own" in idle
     refused = fails_in_one_line(run("evaluate", f"--workdir={workdir}", "--split=nothere"))

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from launching import environment
 
-from fpn_jax import cli, evaluate, sweep
+from fpn_jax import cli, common, evaluate, sweep
 from fpn_jax.data.proposals import read
 from fpn_jax.errors import UserError
+from fpn_jax.propose import propose
 from fpn_jax.report import report
 from fpn_jax.training import checkpoint, sharding
 from fpn_jax.variants import changed, difference
@@ -179,6 +180,20 @@ def test_proposals_of_an_rpn_are_saved_and_read(tmp_path, base, monkeypatch, cap
     assert len(table.image_id) == 16 and max(np.diff(table.offsets)) <= 20
     again = read(workdir / "eval" / "val" / "proposals.npz")
     assert len(again.image_id) == 5 and (again.boxes[:, 2:] >= again.boxes[:, :2]).all()
+
+
+@pytest.mark.parametrize(("before", "seen"), [(0, 0), (10, 20), (30, 30)])  # 0: all
+def test_nms_sees_as_many_as_are_asked_for(tmp_path, base, monkeypatch, before, seen):
+    base.model.rpn.pre_nms_test = before
+    monkeypatch.setattr(checkpoint, "read_config", lambda workdir: base)
+
+    def make_detector(config, classes):
+        raise UserError(f"{config.model.rpn.pre_nms_test} before, {config.model.rpn.post_nms_test} after")
+
+    monkeypatch.setattr(common, "make_detector", make_detector)
+    monkeypatch.setattr(common.Classes, "read", lambda workdir: None)
+    with pytest.raises(UserError, match=f"^{seen} before, 20 after"):
+        propose(str(tmp_path), None, tmp_path / "found.npz", 20)
 
 
 @pytest.mark.parametrize(

@@ -98,8 +98,9 @@ def _read(files: SplitFiles) -> bytes:
         raise UserError(f"{files.annotations}: cannot be read ({error.strerror}); check its permissions") from None
 
 
-def _integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
+def _whole(value: Any) -> bool:
+    """Whether it can be an id: COCO's own are none below 0, and hotcoco takes none."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def _number(value: Any) -> bool:
@@ -110,8 +111,10 @@ def _categories(items: list, name: str) -> dict[int, str]:
     """id -> name, in the order of the ids."""
     categories: dict[int, str] = {}
     for position, item in enumerate(items):
-        if not (isinstance(item, dict) and _integer(item.get("id")) and isinstance(item.get("name"), str)):
-            raise UserError(f"{name}: categories[{position}] needs an integer id and a name, it is {_short(item)}")
+        if not (isinstance(item, dict) and _whole(item.get("id")) and isinstance(item.get("name"), str)):
+            raise UserError(
+                f"{name}: categories[{position}] needs an id, an integer from 0 on, and a name, it is {_short(item)}"
+            )
         if item["id"] in categories:
             raise UserError(f"{name}: category id {item['id']} occurs twice; ids must be unique")
         if item["name"] in categories.values():
@@ -128,8 +131,8 @@ def _images(items: list, name: str) -> list[dict]:
     seen: set[int] = set()
     for position, item in enumerate(items):
         where = f"{name}: images[{position}]"
-        if not (isinstance(item, dict) and _integer(item.get("id"))):
-            raise UserError(f"{where} needs an integer id, it is {_short(item)}")
+        if not (isinstance(item, dict) and _whole(item.get("id"))):
+            raise UserError(f"{where} needs an id, an integer from 0 on, it is {_short(item)}")
         where = f"{name}: image id {item['id']}"
         if item["id"] in seen:
             raise UserError(f"{where} occurs twice; ids must be unique")
@@ -137,7 +140,7 @@ def _images(items: list, name: str) -> list[dict]:
         if not (isinstance(item.get("file_name"), str) and item["file_name"]):
             raise UserError(f"{where} has no file_name; give every image one")
         for key in ("height", "width"):
-            if not (_integer(item.get(key)) and item[key] > 0):
+            if not (_whole(item.get(key)) and item[key] > 0):
                 raise UserError(f"{where} ({item['file_name']}) needs a {key} > 0 in pixels, it is {item.get(key)!r}")
     return items
 
@@ -145,18 +148,18 @@ def _images(items: list, name: str) -> list[dict]:
 def _check_annotation(
     item: Any, position: int, objects: dict[int, list], categories: dict[int, str], seen: set[int], name: str
 ) -> None:
-    if not (isinstance(item, dict) and _integer(item.get("id"))):
-        raise UserError(f"{name}: annotations[{position}] needs an integer id, it is {_short(item)}")
+    if not (isinstance(item, dict) and _whole(item.get("id"))):
+        raise UserError(f"{name}: annotations[{position}] needs an id, an integer from 0 on, it is {_short(item)}")
     where = f"{name}: annotation id {item['id']}"
     if item["id"] in seen:
         raise UserError(f"{where} occurs twice; ids must be unique")
     seen.add(item["id"])
-    if not (_integer(item.get("image_id")) and item["image_id"] in objects):
+    if not (_whole(item.get("image_id")) and item["image_id"] in objects):
         raise UserError(
             f"{where} points to image_id {item.get('image_id')!r}, which is not among the images; "
             "remove the annotation or add the image"
         )
-    if not (_integer(item.get("category_id")) and item["category_id"] in categories):
+    if not (_whole(item.get("category_id")) and item["category_id"] in categories):
         raise UserError(
             f"{where} points to category_id {item.get('category_id')!r}, which is not among the categories; "
             f"those are {_short(list(categories))}"
@@ -164,8 +167,10 @@ def _check_annotation(
     bbox = item.get("bbox")
     if not (isinstance(bbox, list) and len(bbox) == 4 and all(_number(value) for value in bbox)):
         raise UserError(f"{where} needs a bbox of four numbers x, y, width, height in pixels, it is {_short(bbox)}")
-    if item.get("area") is not None and not _number(item["area"]):
-        raise UserError(f"{where}: area is {_short(item['area'])}; give a number or leave the key out")
+    if item.get("area") is not None and not (_number(item["area"]) and item["area"] >= 0):
+        raise UserError(f"{where}: area is {_short(item['area'])}; give a number of at least 0 or leave the key out")
+    if item.get("iscrowd", 0) not in (0, 1, None):
+        raise UserError(f"{where}: iscrowd is {_short(item['iscrowd'])}; give 0 or 1 or leave the key out")
 
 
 def _check_pixels(annotations: list[dict], images: list[dict], name: str) -> None:

@@ -17,8 +17,8 @@ and, where proposals are given, r of them for each image, which move with it as 
     proposals_valid  bool [b r]       False where a row of proposals is padding
 """
 
-import logging
 import math
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,12 +48,11 @@ from fpn_jax.data.transforms import (
     resize_into,
     resized_size,
 )
-from fpn_jax.errors import UserError
+from fpn_jax.errors import UserError, warn
 
-__all__ = ["PipelineOptions", "default_buckets", "eval_batches", "image_batch", "train_batches"]
+__all__ = ["PipelineOptions", "bucket_members", "default_buckets", "eval_batches", "image_batch", "train_batches"]
 
 _ENDLESS = 2**40  # steps, where no number is given
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -131,11 +130,8 @@ def train_batches(
     trained on, or `world` does not divide the batch. Each of data.num_workers gets a copy of the proposals.
     """
     _check_share(batch_size, world)
-    rows = np.flatnonzero(split.num_objects > 0) if options.skip_empty else np.arange(len(split))
-    if len(rows) == 0:
-        hint = "set data.skip_empty=False to train on images without" if len(split) else "prepare the data anew"
-        raise UserError(f"{split.name}: no image of split {split.split!r} has objects; {hint}")
-    members = _members(split, rows, options, max(options.shorter))
+    members = _trained_on(split, options)
+    rows = np.sort(np.concatenate(members))
     if proposals is not None:
         proposals.check_covers(split, rows=rows)
     if rank == 0:
@@ -144,6 +140,15 @@ def train_batches(
     end = _ENDLESS if num_steps is None else num_steps
     length = max(end - start, 0)
     return _iterate(_Batches(split, options, schedule, rank, world, length, start, seed, proposals), options)
+
+
+def bucket_members(split: Split, options: PipelineOptions) -> str:
+    """How many images are trained on in each bucket, and a checksum of which: with seed and batch size their order.
+
+    Raises `UserError` as `train_batches` does.
+    """
+    members = _trained_on(split, options)
+    return f"{', '.join(str(len(x)) for x in members)} ({zlib.crc32(np.concatenate(members).astype('<i8')):08x})"
 
 
 def eval_batches(
@@ -320,6 +325,15 @@ def _moved_proposals(boxes: np.ndarray, original: tuple[int, int], size: tuple[i
     return moved[(moved[:, 2:] > moved[:, :2]).all(1)]
 
 
+def _trained_on(split: Split, options: PipelineOptions) -> list[np.ndarray]:
+    """The rows of the split that go to each bucket in training."""
+    rows = np.flatnonzero(split.num_objects > 0) if options.skip_empty else np.arange(len(split))
+    if len(rows) == 0:
+        hint = "set data.skip_empty=False to train on images without" if len(split) else "prepare the data anew"
+        raise UserError(f"{split.name}: no image of split {split.split!r} has objects; {hint}")
+    return _members(split, rows, options, max(options.shorter))
+
+
 def _members(split: Split, rows: np.ndarray, options: PipelineOptions, shorter: int) -> list[np.ndarray]:
     """The images among `rows` that go to each bucket."""
     original = split.image_sizes[rows]
@@ -344,13 +358,9 @@ def _tell_of_surplus_objects(split: Split, rows: np.ndarray, options: PipelineOp
         return
     surplus = np.maximum(split.num_objects[rows] - options.max_objects, 0)
     if surplus.any():
-        _log.warning(
-            "%s %s: %d images have more than data.max_objects = %d objects; their %d smallest are not trained on",
-            split.name,
-            split.split,
-            np.count_nonzero(surplus),
-            options.max_objects,
-            surplus.sum(),
+        warn(
+            f"{split.name} {split.split}: {np.count_nonzero(surplus)} images have more than data.max_objects = "
+            f"{options.max_objects} objects; their {surplus.sum()} smallest are not trained on"
         )
 
 

@@ -258,13 +258,6 @@ class _Progress:
             self._printed = now
             self.message("  ".join([f"step {step}/{self._total}", *parts]))
 
-    def _settle(self) -> None:
-        """Where steps pause: what is written is where it shall stay."""
-        if self._spool:
-            self._spool.copy()
-        if self._progress:
-            self._progress.pause()
-
     def message(self, text: str) -> None:
         if self._bar is not None:
             self._bar.write(text, file=self._stream)

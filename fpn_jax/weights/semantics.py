@@ -54,6 +54,7 @@ FIXED = {
     "fpn_jax": {},
 }
 _WIDTH = 64  # of the first stage of every torchvision ResNet
+_ALL = 10**9  # more boxes than there are; to torchvision 0 means none
 
 
 # Keys of a part of the model -> the parts of the weights that they matter to.
@@ -153,7 +154,7 @@ model = FasterRCNN(
     image_mean={list(model["pixels"]["mean"])}, image_std={list(model["pixels"]["std"])},
     rpn_anchor_generator=AnchorGenerator({sizes}, ({plain(rpn["ratios"])},) * {len(sizes)}),
     rpn_head=RPNHead({channels}, {anchors}, conv_depth={model["rpn_head"]["convs"]}),
-    rpn_pre_nms_top_n_train={rpn["pre_nms_train"]}, rpn_pre_nms_top_n_test={rpn["pre_nms_test"]},
+    rpn_pre_nms_top_n_train={rpn["pre_nms_train"] or _ALL}, rpn_pre_nms_top_n_test={rpn["pre_nms_test"] or _ALL},
     rpn_post_nms_top_n_train={rpn["post_nms_train"]}, rpn_post_nms_top_n_test={rpn["post_nms_test"]},
     rpn_nms_thresh={rpn["nms_iou"]}, rpn_score_thresh={rpn["score_threshold"]},
     box_roi_pool=MultiScaleRoIAlign(

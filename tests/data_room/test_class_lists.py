@@ -129,7 +129,7 @@ def test_detections_of_a_label_that_the_data_never_has_do_not_count():
     assert one["AP"] == other["AP"] > 0
 
 
-def test_open_data_takes_the_list_that_the_config_names(tmp_path):
+def test_open_data_takes_the_list_that_the_config_names(tmp_path, capsys):
     root = write_folder(tmp_path / "coco_like")
     changed = content() | {"categories": [{"id": 90, "name": "toothbrush"}, {"id": 4, "name": "motorcycle"}]}
     write_json(root / "annotations" / "instances_train.json", changed)
@@ -146,6 +146,12 @@ def test_open_data_takes_the_list_that_the_config_names(tmp_path):
     classes.write(str(tmp_path))
     assert common.Classes.read(str(tmp_path)) == classes
     common.check_classes(classes, common.open_data(config, "train"), str(tmp_path))
+    assert not capsys.readouterr().err
+    renamed = common.Classes(["bike", *classes.names[1:]], classes.category_ids)
+    common.check_classes(renamed, common.open_data(config, "train"), str(tmp_path))
+    assert f"warning: coco_like has other names for the categories of --workdir={tmp_path}: 1 is " in (
+        capsys.readouterr().err
+    )
     with pytest.raises(UserError, match="was trained on 90 classes"):
         common.check_classes(classes, own, str(tmp_path))
 

@@ -61,6 +61,21 @@ def test_sgd_is_torchs_and_spares_biases_from_decay():
         np.testing.assert_allclose(params["head"][name], value, rtol=1e-5)
 
 
+def test_adamw_is_torchs():
+    """The numbers of torch.optim.AdamW (torch 2.13), with these rates, in its two groups."""
+    params = run(optim(name="adamw", weight_decay=0.1, momentum=0.8, adam_b2=0.99), lambda step: 0.05)["head"]
+    np.testing.assert_allclose(params["kernel"], [[0.9421529173851013, -2.0130715370178223]], rtol=1e-6)
+    np.testing.assert_allclose(params["bias"], [0.4567219614982605], rtol=1e-6)
+
+
+def test_gradients_are_clipped_before_all_else_as_by_torch():
+    """The numbers of clip_grad_norm_ followed by torch.optim.SGD (torch 2.13)."""
+    params = run(optim(clip_norm=1.5, weight_decay=0.1), lambda step: 0.5)
+    np.testing.assert_allclose(params["head"]["kernel"], [[0.5939522385597229, -1.600172758102417]], rtol=1e-5)
+    np.testing.assert_allclose(params["head"]["bias"], [0.3486258387565613], rtol=1e-5)
+    np.testing.assert_allclose(params["backbone"]["stem_conv"]["kernel"], 2.056702136993408, rtol=1e-5)
+
+
 def test_biases_decay_when_asked():
     spared, decayed = (run(optim(decay_norms_and_biases=on), lambda step: 0.5)["head"]["bias"] for on in (False, True))
     assert (spared != decayed).all()

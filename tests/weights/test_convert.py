@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.torchvision.fasterrcnn_resnet50_fpn import get_config as torchvision_r50
 from fpn_jax import common, evaluate, train
 from fpn_jax.convert import convert_in, convert_out
 from fpn_jax.errors import UserError
@@ -249,6 +250,14 @@ def test_the_code_for_torchvision_names_what_it_cannot_do():
         semantics.check(config.model, "torchvision")
     semantics.check(config.model, "detectron2")
     assert {*semantics.FIXED} == {*names.frameworks()}
+
+
+def test_no_limit_is_more_than_there_is_to_torchvision():
+    """Which takes 0 for none: its detector would load and find nothing."""
+    config = torchvision_r50()
+    config.model.rpn.update(pre_nms_train=0, pre_nms_test=0)
+    code = semantics.torchvision_code(config, 91, "weights.pth")
+    assert "rpn_pre_nms_top_n_train=1000000000, rpn_pre_nms_top_n_test=1000000000," in code
 
 
 @pytest.mark.parametrize(
