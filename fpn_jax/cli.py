@@ -144,7 +144,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
             if match and (trouble := _unknown_key(config, match[1])):
                 raise UserError(trouble)
     try:
-        return flags.FLAGS(argv)
+        return flags.FLAGS(_last_of_each(argv))
     except flags.UnrecognizedFlagError as error:
         near = difflib.get_close_matches(error.flagname, list(flags.FLAGS), 1)
         hint = f"did you mean --{near[0]}?" if near else "--help lists the flags"
@@ -152,6 +152,12 @@ def _parse_flags(argv: list[str]) -> list[str]:
     except (flags.Error, TypeError, ValueError) as error:
         what = re.sub(r"\(['\"](.*)['\"], '(.*)'\)$", r"\1, \2", str(error))  # a tuple of what is wrong with what
         raise UserError(f"{what}; give a value of the same type as in the config file") from None
+
+
+def _last_of_each(argv: list[str]) -> list[str]:
+    """Of a value given twice the last, as for other flags: ml_collections would put two tuples together."""
+    values = {a.partition("=")[0]: i for i, a in enumerate(argv) if re.match(r"--config\.[\w.]+=", a)}
+    return [a for i, a in enumerate(argv) if values.get(a.partition("=")[0], i) == i]
 
 
 def load_config(given: str) -> ConfigDict:

@@ -200,7 +200,7 @@ def make_plan(
     return {
         "title": config.title,
         "description": f"{base.num_steps} steps of {base.batch_size} images of {bucket[0]} x {bucket[1]} pixels.",
-        "command": f"python -m fpn_jax.sweep {' '.join(sys.argv[1:])}",
+        "command": f"python -m fpn_jax.sweep {shlex.join(sys.argv[1:])}",
         "baseline": config.baseline,
         "detector": detectors[config.baseline],
         "dataset": base.data.dataset,

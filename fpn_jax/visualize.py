@@ -148,7 +148,8 @@ def side_by_side(
     found = {key: np.asarray(predictions[key])[shown] for key in ("boxes", "labels", "scores")}
     scale = min(1.0, longest / max(image.shape))
     if scale < 1.0:
-        image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+        size = [max(1, round(side * scale)) for side in image.shape[1::-1]]
+        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
     count, crowd = len(ground_truth["labels"]), ground_truth.get("crowd")
     crowded = max(count, len(found["labels"])) >= _CROWDED  # the halves look alike
     truth = draw(image, _scaled(ground_truth, scale), ground_truth["labels"], None, class_names, crowd, crowded)

@@ -39,6 +39,12 @@ def test_a_pipe_that_is_closed_ends_a_command_without_a_word():
         assert (done.stderr, done.returncode) == ("", 128 + signal.SIGPIPE)
 
 
+def test_of_a_value_given_twice_the_last_counts():
+    once, twice = "--config.data.shorter=(96,)", "--config.data.shorter=(64, 80)"
+    done = show("--config=experiments/demo.py", twice, "--config.batch_size=2", once, "--config.batch_size=3")
+    assert done.stdout.split(" ", 1)[0] == "3" and "(96,)" in done.stdout, done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "names"),
     [

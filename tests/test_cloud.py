@@ -155,12 +155,14 @@ def test_a_mirror_copies_once_and_anew_what_changed(cloud, tmp_path, capfd, monk
     assert sorted(file.name for file in local.iterdir() if file.name[0] != ".") == ["a.json", "b.bin"]
     (local / "derived.npz").write_text("of b.bin")
     (local / ".b.bin.part").write_text("of a copy that was killed")
+    (local / "deeper").mkdir()  # of a folder below that is mirrored, too
     copy()
     assert capfd.readouterr().err == "" and (local / "derived.npz").exists()
     (folder / "b.bin").write_text("23")  # as long as before
     copy()
     assert "copying 1 files" in capfd.readouterr().err
     assert (local / "b.bin").read_text() == "23" and not (local / "derived.npz").exists()
+    assert (local / "deeper").is_dir()
     (local / "a.json").unlink()
     monkeypatch.setattr(mirror, "_SPARE", 1 << 60)
     with pytest.raises(UserError, match=r"do not fit into .*config\.data\.cache_dir"):

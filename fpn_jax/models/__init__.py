@@ -53,9 +53,17 @@ _ABOVE_ZERO = math.nextafter(0, 1)
 # Numbers by their keys, or each number where there are several: the least and the most.
 NUMBERS = {
     "model.backbone.width": (1, math.inf),
+    "model.backbone.groups": (1, math.inf),
+    "model.backbone.width_per_group": (1, math.inf),
+    "model.backbone.blocks": (1, math.inf),
+    **{f"model.{part}.norm_eps": (_ABOVE_ZERO, math.inf) for part in ("backbone", "neck", "box_head")},
     "model.neck.channels": (1, math.inf),
     "model.rpn_head.convs": (1, math.inf),
+    "model.rpn_head.channels": (0, math.inf),
     "model.box_head.channels": (1, math.inf),
+    "model.box_head.convs": (0, math.inf),
+    "model.box_head.conv_channels": (1, math.inf),
+    "model.box_head.fcs": (0, math.inf),
     "model.box.pooled_size": (1, math.inf),
     "model.box.canonical_size": (1, math.inf),
     "model.box.detections": (1, math.inf),
@@ -114,6 +122,7 @@ def build_detector(model: Mapping[str, Any], num_classes: int) -> Detector:
         parts |= _rpn(model, levels, dtype)
     if issubclass(detector, FastRCNN):
         parts |= _fast_rcnn(model, levels, num_classes, dtype)
+    _check_strides(backbone, parts)
     _check_channels(model, backbone, neck, parts)
     frozen_parts = tuple(model.get("frozen_parts", ()))
     for part in frozen_parts:
@@ -211,6 +220,20 @@ def _check_doubling(backbone: Any, neck: Any) -> None:
                 "model.neck.upsampling is 'transposed', which doubles the size, but levels 5 and 6 of mobilenet_v3 are "
                 "of one size; set it to nearest or bilinear, or leave one of them out of model.neck.levels"
             )
+
+
+def _check_strides(backbone: Any, parts: Mapping[str, Any]) -> None:
+    """A cell of level l is 2**l pixels wide to RoIs, and to anchors if asked for; not so of a MobileNet's level 6."""
+    if not isinstance(backbone, MobileNetV3):
+        return
+    coarse = "but levels 6 and above of mobilenet_v3 have half the stride of their number"
+    if "box_settings" in parts and max(parts["box_settings"].levels) > 5:
+        raise UserError(
+            f"model.box.levels is {parts['box_settings'].levels}, {coarse}; leave them out, as torchvision does"
+        )
+    settings = parts.get("rpn_settings")
+    if settings and settings.anchor_stride == "level" and max(settings.levels) > 5:
+        raise UserError(f"model.rpn.anchor_stride is 'level', {coarse}; set it to image")
 
 
 def _check_channels(model: Mapping[str, Any], backbone: Any, neck: Any, parts: Mapping[str, Any]) -> None:

@@ -94,6 +94,8 @@ def _order(sweep: Sweep, metric: str) -> list[str]:
         interval = difference.interval if difference else None
         sure = f"interval {interval_text(interval)}" if interval else "no interval"
         here = f"here {signed_number(difference.mean)}, {sure}" if difference else "no seed in common"
+        if difference and difference.mean >= 0:  # rows with other seeds besides those in common
+            here = f"not over the seeds in common: {here}"
         pairs.append(f"{upper} above {lower} in the paper by {published[upper] - published[lower]:.1f} ({here})")
     return [*lines, ": ".join([verdict, "; ".join(pairs)] if pairs else [verdict])]
 

@@ -3,6 +3,7 @@
 Like the functions of `comparison` and `details`, each returns blocks of the page, [] where there is nothing to say.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -60,7 +61,11 @@ def _whole(sweep: Sweep, name: str, level: int) -> list[Block]:
 
 def _unique(names: Sequence[str]) -> list[str]:
     """Two sweeps may have folders of one name in different places; their pictures must not overwrite each other."""
-    return [name if names.index(name) == i else f"{name}-{i + 1}" for i, name in enumerate(names)]
+    found: list[str] = []
+    for name in names:
+        numbered = (f"{name}-{i}" for i in itertools.count(2))
+        found.append(next(x for x in itertools.chain([name], numbered) if x not in found))
+    return found
 
 
 def _what_was_run(sweep: Sweep) -> list[Block]:

@@ -23,9 +23,10 @@ _KNOWN = ".mirror.json"  # {name: ETag of what was copied}
 def mirror(folder: Any, wanted: Callable[[str], bool], cache_dir: str = "") -> Path:
     """A local folder with the files of a remote one whose names are `wanted`, as they are there now.
 
-    Copied is what is not there yet or has another size or ETag. A file appears when it is whole, so a copy that was
-    interrupted goes on with the next file; processes of one machine wait for the one that copies. Raises `UserError`
-    if nothing is wanted of what is there, a file cannot be read, or the disk cannot hold them.
+    Copied is what is not there yet or has another size or ETag; copies stay of what is no longer there. A file appears
+    when it is whole, so a copy that was interrupted goes on with the next file; processes of one machine wait for the
+    one that copies. Raises `UserError` if nothing is wanted of what is there, a file cannot be read, or the disk cannot
+    hold them.
     """
     local = _place(os.fspath(folder), cache_dir)
     with paths.telling(local, "cannot be written"):
@@ -81,13 +82,14 @@ def _copy_all(folder: str, files: list[dict[str, Any]], local: Path, known: dict
     free = shutil.disk_usage(local).free
     if total + _SPARE > free:
         raise UserError(
-            f"{local}: {_size(total)} of {folder} do not fit into the {_size(free)} that are free; free some space or "
-            "set config.data.cache_dir to a folder of a larger disk"
+            f"{local}: {_size(total)} of {folder} do not fit into the {_size(free)} that are free; free some space, "
+            "set config.data.cache_dir to a folder of a larger disk (data sets), or name a local copy (weights, "
+            "proposals)"
         )
     print(f"copying {len(files)} files, {_size(total)}, of {folder} to {local}", file=sys.stderr, flush=True)
     # What was derived from files that are copied anew is out of date; it has no ETag.
     for derived in local.iterdir():
-        if not derived.name.startswith(".") and derived.name not in known:
+        if derived.is_file() and not derived.name.startswith(".") and derived.name not in known:
             derived.unlink()
 
     def copy(file: dict[str, Any]) -> tuple[str, str]:

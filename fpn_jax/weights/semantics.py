@@ -104,6 +104,10 @@ def _check_structure(model: Mapping[str, Any]) -> None:
         "neck.norm_eps": (neck.get("norm", "none") == "none" or neck["norm_eps"] == 1e-5, "1e-5"),
         "box_head.convs": (plain_head or (head["convs"], head["fcs"]) == (4, 1), "0 with fcs 2, or 4 with fcs 1"),
         "box_head.norm": (plain_head or (head["norm"], head["norm_eps"]) == ("bn", 1e-5), "'bn' with norm_eps 1e-5"),
+        "rpn_head.channels": (
+            model["rpn_head"].get("channels", 0) in (0, neck["channels"]),
+            f"0, the neck's {neck['channels']}",
+        ),
         "rpn.levels": (levels in ((2, 3, 4, 5, 6), (5, 6, 7)), "all levels of the neck"),
         "box.levels": (plain(box["levels"]) == levels[: len(box["levels"])], "levels from the finest on"),
     }

@@ -93,6 +93,15 @@ REFUSED = [  # beginning of the message, changes
         "model.neck.upsampling is 'transposed', which doubles the size, but levels 5 and 6 of mobilenet_v3 are",
         {"backbone": MOBILE | {"levels": (5, 6)}, "neck.upsampling": "transposed"},
     ),
+    (
+        "model.box.levels is (5, 6), but levels 6 and above of mobilenet_v3 have half the stride of their number",
+        {"backbone": MOBILE | {"levels": (5, 6)}, "rpn.levels": (5,), "rpn.sizes": ((8.0,),), "box.levels": (5, 6)},
+    ),
+    (
+        "model.rpn.anchor_stride is 'level', but levels 6 and above of mobilenet_v3",
+        {"backbone": MOBILE | {"levels": (5, 6)}, "rpn.levels": (5, 6), "rpn.sizes": SIZES[:2], "box.levels": (5,)}
+        | {"rpn.anchor_stride": "level"},
+    ),
     # Anchors.
     ("model.rpn.sizes has 3 rows for 5 levels; give one per level", {"rpn.sizes": SIZES}),
     (
@@ -196,6 +205,11 @@ REFUSED = [  # beginning of the message, changes
     ("model.neck.channels is 0; it must be at least 1", {"neck.channels": 0}),
     ("model.box_head.channels is 0; it must be at least 1", {"box_head.channels": 0}),
     ("model.backbone.frozen_stages is -1; choose 0 to 5", {"backbone.frozen_stages": -1}),
+    ("model.backbone.frozen_stages is 7; choose 0 to 6", {"backbone": MOBILE | {"frozen_stages": 7}}),
+    ("model.backbone.groups is 0; it must be at least 1", {"backbone.groups": 0}),
+    ("model.backbone.blocks is (0, 1, 1, 1); each must be at least 1", {"backbone.blocks": (0, 1, 1, 1)}),
+    ("model.backbone.norm_eps is -1; it must be above 0", {"backbone.norm_eps": -1}),
+    ("model.rpn_head.channels is -4; it must be at least 0", {"rpn_head.channels": -4}),
     ("model.rpn_head.conv: RPNHead has no such attribute", {"rpn_head.conv": 2}),
     (
         "model.image_pyramid.sizes: ImagePyramid has no such attribute",

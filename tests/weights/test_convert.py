@@ -272,6 +272,7 @@ def test_no_limit_is_more_than_there_is_to_torchvision():
         ({"box_head": {"fcs": 3}}, r"model\.box_head\.convs is 0: .* have 0 with fcs 2, or 4 with fcs 1"),
         ({"box_head": {"convs": 4, "fcs": 1}}, r"model\.box_head\.norm is 'none': .* have 'bn' with norm_eps 1e-5"),
         ({"box": {"levels": (3, 4, 5)}}, r"model\.box\.levels is \(3, 4, 5\): .* have levels from the finest on"),
+        ({"rpn_head": {"channels": 128}}, r"model\.rpn_head\.channels is 128: .* have 0, the neck's 256"),
         ({"rpn": {"levels": (3, 4, 5, 6)}}, r"model\.rpn\.levels is \(3, 4, 5, 6\): .* have all levels of the neck"),
         (
             {"backbone": {"width": 32}},

@@ -121,8 +121,8 @@ class MobileNetV3(nn.Module):
         """The levels of the outputs. Raises `UserError` if there is no such."""
         if not self.levels or not set(self.levels) <= set(LAYERS):
             raise UserError(f"model.backbone.levels is {self.levels}; choose some of {', '.join(map(str, LAYERS))}")
-        if not 0 <= self.frozen_stages <= len(LAYERS) + 1:
-            raise UserError(f"model.backbone.frozen_stages is {self.frozen_stages}; choose 0 to {len(LAYERS) + 1}")
+        if not 0 <= self.frozen_stages <= len(LAYERS):
+            raise UserError(f"model.backbone.frozen_stages is {self.frozen_stages}; choose 0 to {len(LAYERS)}")
         check_remat(self.remat, tuple(level for level in LAYERS if 1 < level <= max(self.levels)))
         return self.levels
 
