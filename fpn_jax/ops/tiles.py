@@ -76,7 +76,7 @@ def read_windows(
         return jnp.minimum(image, b - 1), row, column, 0
 
     def kernel(ids, places, cells, *refs):
-        out, total = refs[-2:]
+        out, total, arrived = refs[-3:]
         step = pl.program_id(0)
         first, last = _ends(ids, step, grid.shape)
         image, _, *tile = _unpack(ids[step], lengths)
@@ -99,7 +99,9 @@ def read_windows(
 
             @pl.when(~of_window)  # the only step then: its block is the last row, which may be of another map
             def _():
-                pltpu.sync_copy(refs[0].at[n - 1], out.at[0])
+                copy = pltpu.make_async_copy(refs[0].at[n - 1], out.at[0], arrived)
+                copy.start()
+                copy.wait()
 
     given, specs = [feature], [pl.BlockSpec((1, *TILE, c), tile_of)]
     if before is not None:
@@ -111,7 +113,7 @@ def read_windows(
             grid=(jnp.maximum(there.sum(dtype=jnp.int32), 1),),  # at least one, which may be of no window
             in_specs=specs,
             out_specs=pl.BlockSpec((1, windows.size**2, c), lambda step, ids, places: (number_of(step, ids), 0, 0)),
-            scratch_shapes=[pltpu.VMEM((bins, c), jnp.float32)],
+            scratch_shapes=[pltpu.VMEM((bins, c), jnp.float32), pltpu.SemaphoreType.DMA],
         ),
         out_shape=jax.ShapeDtypeStruct((n, windows.size**2, c), feature.dtype),
         input_output_aliases={} if before is None else {3: 0},
