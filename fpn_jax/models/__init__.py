@@ -56,7 +56,7 @@ NUMBERS = {
     "model.backbone.groups": (1, math.inf),
     "model.backbone.width_per_group": (1, math.inf),
     "model.backbone.blocks": (1, math.inf),
-    **{f"model.{part}.norm_eps": (_ABOVE_ZERO, math.inf) for part in ("backbone", "neck", "box_head")},
+    **{f"model.{part}.norm_eps": (0, math.inf) for part in ("backbone", "neck", "box_head")},  # 0: torchvision's R50
     "model.neck.channels": (1, math.inf),
     "model.rpn_head.convs": (1, math.inf),
     "model.rpn_head.channels": (0, math.inf),

@@ -208,7 +208,7 @@ REFUSED = [  # beginning of the message, changes
     ("model.backbone.frozen_stages is 7; choose 0 to 6", {"backbone": MOBILE | {"frozen_stages": 7}}),
     ("model.backbone.groups is 0; it must be at least 1", {"backbone.groups": 0}),
     ("model.backbone.blocks is (0, 1, 1, 1); each must be at least 1", {"backbone.blocks": (0, 1, 1, 1)}),
-    ("model.backbone.norm_eps is -1; it must be above 0", {"backbone.norm_eps": -1}),
+    ("model.backbone.norm_eps is -1; it must be at least 0", {"backbone.norm_eps": -1}),
     ("model.rpn_head.channels is -4; it must be at least 0", {"rpn_head.channels": -4}),
     ("model.rpn_head.conv: RPNHead has no such attribute", {"rpn_head.conv": 2}),
     (
