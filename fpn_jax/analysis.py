@@ -1,10 +1,8 @@
 """What kinds of errors a detector makes, and how good it is at objects of each size. NumPy and hotcoco only."""
 
-import json
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import hotcoco
@@ -12,7 +10,6 @@ import numpy as np
 
 from fpn_jax import evaluation
 from fpn_jax.recall import area_recalls, count_objects
-from fpn_jax.storage import paths
 
 # TIDE's kinds of errors (Bolya et al., arXiv 2008.08115): those of false detections, the first that fits; then all.
 FALSE_KINDS = ("Loc", "Cls", "Dupe", "Bkg", "Both")
@@ -227,15 +224,3 @@ def octave_table(octaves: Sequence[dict[str, Any]]) -> str:
         scores = "".join(f"{evaluation.number(row[key]):>9}" for key in keys)
         lines.append(f"{size:<10}{row['num_objects']:>9}{scores}")
     return "\n".join(lines)
-
-
-def write(workdir: str | Path, split: str, analysis: dict[str, Any]) -> Any:
-    """Write WORKDIR/eval/SPLIT/analysis.json as `evaluation.write` writes its files; returns its path.
-
-    analysis is {"errors": of `error_types`, absent for proposals; "octaves": of `by_octave`; "levels": ...}.
-    Raises `UserError` if the file cannot be written.
-    """
-    path = paths.path(workdir) / "eval" / split / "analysis.json"
-    text = json.dumps(analysis, indent=2, allow_nan=False) + "\n"
-    paths.write_atomically(path, lambda file: file.write(text))
-    return path

@@ -38,8 +38,7 @@ class Classes:
 
     def write(self, workdir: str) -> None:
         """Keep them in WORKDIR/classes.json."""
-        text = json.dumps(dataclasses.asdict(self), indent=2) + "\n"
-        paths.write_atomically(paths.path(workdir) / "classes.json", lambda file: file.write(text))
+        paths.write_json(paths.path(workdir) / "classes.json", dataclasses.asdict(self))
 
     @classmethod
     def read(cls, workdir: str) -> "Classes":
@@ -91,6 +90,8 @@ _NUMBERS = {
     "optim.weight_decay": (0, True, math.inf),
     "optim.clip_norm": (0, True, math.inf),
     "optim.warmup_steps": (0, True, math.inf),
+    "optim.warmup_factor": (0, True, math.inf),
+    "optim.step_factor": (0, True, math.inf),
     "optim.momentum": (0, True, 1),
     "optim.adam_b2": (0, True, 1),
     "data.max_objects": (0, True, math.inf),

@@ -91,6 +91,7 @@ def _guess_config(arrays: Mapping[str, np.ndarray], address: str) -> tuple[ml_co
     if common.is_workdir(address):
         config = ml_collections.ConfigDict(checkpoint.read_config(address).to_dict())
         config.init_from = config.init_part = ""
+        config.init_reset_classes = False
         return config.lock(), [f"config: {address}/config.json"]
     experiment, changes, remarks = guess.experiment(arrays, address)
     path = Path(__file__).parent.parent / "experiments" / experiment

@@ -4,7 +4,8 @@ import errno
 import sys
 from collections.abc import Sequence
 
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
 _PATH_ERRORS = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOENT)
 
 
@@ -46,6 +47,11 @@ def warn(line: str) -> None:
     print(f"warning: {' '.join(line.split())}", file=sys.stderr, flush=True)
 
 
+def remedy(error: OSError) -> str:
+    """What to do about a file that cannot be written, if not choosing another folder."""
+    return "make it writable" if error.errno in _FORBIDDEN else "free some space"
+
+
 def explain(error: BaseException) -> tuple[str, int] | None:
     """(the line to print, the exit status), or None for what is our own mistake and deserves a traceback."""
     if isinstance(error, UserError | ProcessLost):
@@ -56,7 +62,7 @@ def explain(error: BaseException) -> tuple[str, int] | None:
         return "interrupted; the same command goes on, a training from its last checkpoint", 130
     if isinstance(error, OSError):  # a full disk or a read-only folder is the user's to mend, too
         by_path = error.errno in _PATH_ERRORS and error.filename
-        if by_path or error.errno in _DISK_ERRORS:
-            hint = "give another path" if by_path else "free some space or choose another folder"
+        if by_path or error.errno in _FULL + _FORBIDDEN:
+            hint = "give another path" if by_path else f"{remedy(error)} or choose another folder"
             return f"error: {error.filename or 'writing'}: {error.strerror}; {hint}", UserError.status
     return None

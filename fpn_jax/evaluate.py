@@ -1,17 +1,22 @@
 """Score a workdir's detector on a split: COCO AP and AR, written to WORKDIR/eval/SPLIT/.
 
+What differs from the training's own evaluations has a folder of its own beside it, such as SPLIT_step300_tight.
+
 python -m fpn_jax.evaluate --workdir=runs/demo [--split=val] [--dataset=scenes] [--checkpoint=best] [--pictures=8]
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
 
 from fpn_jax import analysis, cli, common
+from fpn_jax.data.datasets import Split
 from fpn_jax.errors import UserError
 from fpn_jax.propose import open_proposals
 from fpn_jax.scoring import Evaluator, metrics_table
+from fpn_jax.storage import paths
 from fpn_jax.training import checkpoint, sharding
 
 _WORKDIR = cli.flag("workdir", str, None, "Folder of the training run.")
@@ -69,23 +74,49 @@ def _evaluate(
     like = common.abstract_variables(detector, options.buckets[0], mesh, mesh_options.shard_params)
     with checkpoint.Checkpoints(workdir) as checkpoints:
         variables, step = checkpoints.restore_weights(like, which)
+        newest = checkpoints.latest_step in (step, None)
     regions = None
     if proposals and config.model.get("detector") != "fast_rcnn":
         raise UserError(f"--proposals={proposals}: {workdir} has a detector that proposes itself; leave it out")
     if config.model.get("detector") == "fast_rcnn":
         regions = open_proposals(proposals or config.data.proposals_eval, split, options.max_proposals[1])
-    evaluator = Evaluator(detector, mesh, split, options, config.eval_batch_size, regions)
+    name = folder_name(checkpoint.read_config(workdir), split, None if newest else step, tight, proposals)
+    evaluator = Evaluator(detector, mesh, split, options, config.eval_batch_size, regions, name)
+    folder, first = evaluator.folder(workdir), sharding.process()[0] == 0
+    if first:
+        paths.check_writable(folder)
     found = evaluator.detect(variables)
-    metrics = evaluator.score(workdir, found)
+    metrics = evaluator.score(found)
+    if first:
+        print(metrics_table(metrics), flush=True)  # before anything that can fail
+    evaluator.write(workdir, found, metrics)
     known = evaluator.analyse(workdir, variables, found)
-    if sharding.process()[0] == 0:
+    if first:
         evaluator.draw(workdir, found, pictures)
-        print(metrics_table(metrics))
         print(analysis.octave_table(known["octaves"]))
         if "errors" in known:
             print(analysis.error_table(known["errors"]))
-        print(f"step {step}, {len(split)} images; written to {workdir}/eval/{split.split}/")
+        print(f"step {step}, {len(split)} images; written to {folder}/")
     return metrics
+
+
+def folder_name(
+    trained: ml_collections.ConfigDict, split: Split, step: int | None, tight: bool, proposals: str | None
+) -> str:
+    """The split's, and what is otherwise than in the scores that a training leaves in a folder of that name.
+
+    trained: the run's own config. step: of the weights, None of the newest.
+    """
+    parts = [split.split]
+    if split.name != trained.data.dataset:
+        parts.insert(0, split.name)
+    if step is not None:
+        parts.append(f"step{step}")
+    if tight:
+        parts.append("tight")
+    if proposals and proposals != trained.data.get("proposals_eval"):
+        parts.append(f"on_{proposals}")
+    return re.sub(r"[^\w.-]+", "_", "_".join(parts))
 
 
 def main(argv: Sequence[str]) -> None:

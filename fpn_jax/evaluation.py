@@ -9,14 +9,13 @@ tools write -1.
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, TextIO
 
 import hotcoco
 import numpy as np
 
 from fpn_jax.errors import UserError
-from fpn_jax.storage.paths import path, write_atomically
+from fpn_jax.storage import paths
 
 # Places in hotcoco's precision [T R K A M] and recall [T K A M]: IoU .50 : .05 : .95, 101 recalls, classes, areas all
 # small medium large, 1 10 100 detections (cocodataset.org/#detection-eval).
@@ -182,19 +181,9 @@ def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def write(
-    workdir: str | Path, split: str, metrics: dict[str, Any], results: Sequence[dict[str, Any]] | None = None
-) -> None:
-    """Write WORKDIR/eval/SPLIT/metrics.json and, of results that are given, detections.json (COCO results).
-
-    Each is written beside its place and then renamed, so that nobody ever reads half a file and a full disk leaves the
-    previous one as it was. Raises `UserError` if a file cannot be written.
-    """
-    folder = path(workdir) / "eval" / split
-    if results is not None:
-        write_atomically(folder / "detections.json", lambda file: _dump_results(results, file))
-    dumped = json.dumps(metrics, indent=2, allow_nan=False) + "\n"
-    write_atomically(folder / "metrics.json", lambda file: file.write(dumped))
+def write_results(path: Any, results: Sequence[dict[str, Any]]) -> None:
+    """Write COCO results as JSON, see `paths.write_atomically`. Raises `UserError` if that fails."""
+    paths.write_atomically(path, lambda file: _dump_results(results, file))
 
 
 def _dump_results(results: Sequence[dict[str, Any]], file: TextIO) -> None:

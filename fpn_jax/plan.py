@@ -10,9 +10,7 @@ minutes for TPUs, half a minute for GPUs.
 """
 
 import dataclasses
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,6 +24,7 @@ from fpn_jax.planning.chips import CHIPS, Slice, parse_slice
 from fpn_jax.planning.gpus import GPUS, Hosts, parse_hosts
 from fpn_jax.planning.scaling import usual_slices, weak_scaling
 from fpn_jax.planning.step import DoesNotFitError, StepPlan, largest_batch, plan_step, slice_devices
+from fpn_jax.storage import paths
 from fpn_jax.training import sharding
 from fpn_jax.training.optim import peak_rate
 
@@ -154,13 +153,13 @@ def main(argv: Sequence[str]) -> None:
     for name, value, least in (("classes", _CLASSES.value, 1), ("objects", _OBJECTS.value, 0)):
         if value < least:
             raise UserError(f"--{name}={value}: give at least {least}")
-    if _OUTPUT.value and not Path(_OUTPUT.value).parent.is_dir():  # told before minutes of compiling, not after
-        raise UserError(f"--output={_OUTPUT.value}: there is no folder {Path(_OUTPUT.value).parent}; make it first")
+    if _OUTPUT.value:  # told before minutes of compiling, not after
+        paths.check_writable(paths.path(_OUTPUT.value).parent)
     config.batch_size = _BATCH_SIZE.value or config.batch_size
     common.check_numbers(config)
     found = plan(config, _TOPOLOGY.value, bucket_of(config, _BUCKET.value), _LARGEST.value)
     if _OUTPUT.value:
-        Path(_OUTPUT.value).write_text(json.dumps(found, indent=2) + "\n")
+        paths.write_json(_OUTPUT.value, found)
 
 
 if __name__ == "__main__":

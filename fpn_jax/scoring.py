@@ -42,7 +42,10 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True)
 class Evaluator:
-    """A detector and a split to run it on; `proposals` are the regions of a Fast R-CNN."""
+    """A detector and a split to run it on; `proposals` are the regions of a Fast R-CNN.
+
+    name: of the folder below WORKDIR/eval that everything is written to; by default the split's.
+    """
 
     detector: Detector
     mesh: Any
@@ -50,6 +53,11 @@ class Evaluator:
     options: PipelineOptions
     batch_size: int
     proposals: ProposalTable | None = None
+    name: str = ""
+
+    def folder(self, workdir: str) -> Any:
+        """WORKDIR/eval/NAME."""
+        return paths.path(workdir) / "eval" / (self.name or self.split.split)
 
     @property
     def main_metric(self) -> str:
@@ -88,20 +96,23 @@ class Evaluator:
             return mine
         return [found for part in sharding.gather_objects(pickle.dumps(mine)) for found in pickle.loads(part)]
 
-    def score(self, workdir: str, found: list[Found]) -> dict[str, Any]:
-        """Metrics; process 0 writes them and what was found under WORKDIR/eval/SPLIT/."""
-        truth = self.split.ground_truth()
+    def score(self, found: list[Found]) -> dict[str, Any]:
+        """Metrics of what was found."""
+        truth, results = self.split.ground_truth(), self.results(found)
         if self.detector.class_agnostic:
-            metrics = recall.proposal_metrics(truth, self.results(found))
+            return recall.proposal_metrics(truth, results)
+        return evaluation.coco_metrics(truth, results)
+
+    def write(self, workdir: str, found: list[Found], metrics: dict[str, Any]) -> None:
+        """Process 0 writes the metrics and what was found into `folder`."""
+        if sharding.process()[0] != 0:
+            return
+        folder = self.folder(workdir)
+        if self.detector.class_agnostic:
+            self.write_proposals(folder / "proposals.npz", found)
         else:
-            metrics = evaluation.coco_metrics(truth, self.results(found))
-        if sharding.process()[0] == 0:
-            if self.detector.class_agnostic:
-                self.write_proposals(paths.path(workdir) / "eval" / self.split.split / "proposals.npz", found)
-                evaluation.write(workdir, self.split.split, metrics)
-            else:
-                evaluation.write(workdir, self.split.split, metrics, self.results(found))
-        return metrics
+            evaluation.write_results(folder / "detections.json", self.results(found))
+        paths.write_json(folder / "metrics.json", metrics)
 
     def results(self, found: list[Found]) -> Any:
         """As COCO results; proposals as an array float64 [n 6], see `fpn_jax.recall`."""
@@ -128,7 +139,7 @@ class Evaluator:
         proposal_files.write(path, table, sizes)
 
     def analyse(self, workdir: str, variables: dict[str, Any], found: list[Found]) -> dict[str, Any]:
-        """Errors by kind, scores by octave of size, counts by level; process 0 writes WORKDIR/eval/SPLIT/analysis.json.
+        """Errors by kind, scores by octave of size, counts by level; process 0 writes analysis.json into `folder`.
 
         Levels are counted on the first images of the split only.
         """
@@ -139,7 +150,7 @@ class Evaluator:
         agnostic = self.detector.class_agnostic
         known: dict[str, Any] = {} if agnostic else {"errors": analysis.error_types(truth, results)}
         known |= {"octaves": analysis.by_octave(truth, results, agnostic), "levels": levels}
-        analysis.write(workdir, self.split.split, known)
+        paths.write_json(self.folder(workdir) / "analysis.json", known)
         return known
 
     def count_levels(self, variables: dict[str, Any]) -> dict[str, Any]:
@@ -167,13 +178,13 @@ class Evaluator:
     def draw(self, workdir: str, found: list[Found], count: int) -> None:
         """Ground truth beside what was found for `count` images evenly over the split, and all of them on one page.
 
-        Written to WORKDIR/eval/SPLIT/pictures/ and WORKDIR/eval/SPLIT/overview.jpg.
+        Written into `folder`, as pictures/ and overview.jpg.
         """
         if count <= 0:
             return
         split = self.split
         by_image = {x.image_id: x for x in found}
-        folder = paths.path(workdir) / "eval" / split.split
+        folder = self.folder(workdir)
         pages = []
         for i in np.unique(np.linspace(0, len(split) - 1, count).astype(int)):
             name = str(split.index.file_name[i])

@@ -15,7 +15,7 @@ import numpy as np
 from fpn_jax import common, evaluate, visualize
 from fpn_jax.errors import UserError
 from fpn_jax.models import PARTS
-from fpn_jax.storage.paths import path, write_atomically
+from fpn_jax.storage.paths import path, write_json
 from fpn_jax.training import checkpoint, sharding
 from fpn_jax.training.optim import make_optimizer, make_schedule
 from fpn_jax.training.state import init_variables, make_state
@@ -46,10 +46,8 @@ def train_stages(config: ml_collections.ConfigDict, workdir: str, train: Train) 
     _join(whole, workdir, configs)
     metrics = evaluate.evaluate(workdir, None, "best", config.pictures, None)
     if sharding.process()[0] == 0:
-        folder = path(workdir)
-        visualize.curves(path(list(configs)[-1]) / "metrics.jsonl", folder / "curves.png")
-        text = (folder / "eval" / config.data.eval_split / "metrics.json").read_text()
-        write_atomically(metrics_file, lambda file: file.write(text))
+        visualize.curves(path(list(configs)[-1]) / "metrics.jsonl", path(workdir) / "curves.png")
+        write_json(metrics_file, metrics)
     return metrics
 
 

@@ -29,7 +29,7 @@ from fpn_jax.cost import cost
 from fpn_jax.errors import UserError
 from fpn_jax.models import build_detector
 from fpn_jax.stages import stage_configs
-from fpn_jax.storage.paths import path, write_atomically
+from fpn_jax.storage.paths import path, write_json
 from fpn_jax.train import train
 from fpn_jax.training import processes, sharding
 from fpn_jax.variants import changed, check_unchanged, difference, references
@@ -169,7 +169,7 @@ def _write_plan(plan: dict[str, Any], file: Any) -> None:
     """With the seeds of former calls, of which this one may be a part."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         plan = plan | {"seeds": sorted({*plan["seeds"], *json.loads(file.read_text())["seeds"]})}
-    write_atomically(file, lambda to: json.dump(plan, to, indent=2))
+    write_json(file, plan)
 
 
 def make_plan(

@@ -17,13 +17,13 @@ import ml_collections
 from fpn_jax import cli, common, visualize
 from fpn_jax.data.datasets import Split
 from fpn_jax.data.pipeline import PipelineOptions, bucket_members, train_batches
-from fpn_jax.errors import Stopped, UserError
+from fpn_jax.errors import Stopped, UserError, some
 from fpn_jax.models import build_detector
 from fpn_jax.models.detector import Detector
 from fpn_jax.propose import open_proposals
 from fpn_jax.scoring import Evaluator, Found, metrics_table
 from fpn_jax.stages import train_stages
-from fpn_jax.storage.paths import path, write_atomically
+from fpn_jax.storage.paths import path, write_json
 from fpn_jax.training import checkpoint, peers, roll_call, sharding
 from fpn_jax.training.logs import MetricLog
 from fpn_jax.training.optim import make_optimizer, make_schedule
@@ -31,6 +31,7 @@ from fpn_jax.training.state import inference_variables, init_variables, make_sta
 from fpn_jax.training.step import make_train_step
 from fpn_jax.training.watch import Compilations, StopRequest, TimedBatches
 from fpn_jax.types import TrainState
+from fpn_jax.variants import HARMLESS, difference
 
 _CONFIG = cli.config_flag()
 _WORKDIR = cli.flag("workdir", str, None, "Folder for checkpoints, metrics and scores; a run there continues.")
@@ -79,14 +80,16 @@ def _train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
         how = config.seed, config.accumulate, config.ema_decay, mesh, over
         train_step = make_train_step(detector, optimizer, schedule, *how)
         position = _position(config, train_split, options)
-        if found := checkpoints.restore(state):
+        changes = _changes(config, workdir)
+        if found := _restore(checkpoints, state, changes):
             state, saved_position = found
             _check_same_data(saved_position, position, workdir)
         first = int(state.step)
+        if not first:  # a converted model's config told of no run
+            changes = [change for change in changes if change.startswith("model.")]
         order = {"rank": rank, "world": world, "start": first, "proposals": regions["train"]}
         batches = train_batches(train_split, options, config.batch_size, config.seed, config.num_steps, **order)
         if rank == 0:
-            changes = _changes(config, workdir)
             checkpoint.write_config(workdir, config)
             classes.write(workdir)
             if first < config.num_steps:  # a run that was finished goes on: those are not its scores any more
@@ -97,8 +100,10 @@ def _train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
         log = MetricLog(workdir, config.num_steps, first, enabled=rank == 0, evaluates_again=again)
         with log, StopRequest() as stop:
             log.message(_describe(state, sharding.describe(mesh, over), train_split, options, first))
-            for line in [*origin, *(changes if rank == 0 else [])]:
+            for line in [*origin, *(f"changed: {change}" for change in changes)]:
                 log.message(line)
+            if first > config.num_steps:
+                log.message(f"warning: the run is at step {first}, num_steps={config.num_steps}: none is left")
             run = _Run(config, workdir, evaluator, checkpoints, log)
             if again:
                 metrics = run.evaluate(state, first >= config.num_steps)
@@ -145,19 +150,22 @@ class _Run:
         step, split, main = int(state.step), self.evaluator.split, self.evaluator.main_metric
         variables = inference_variables(state)
         found = self.evaluator.detect(variables)
-        metrics = self.evaluator.score(self.workdir, found)
+        metrics = self.evaluator.score(found)
         numbers = {f"eval/{name}": value for name, value in metrics.items() if name != "per_class"}
         self.log.write_now(step, numbers)
         shown = "  ".join(f"{name} {metrics[name] or 0:.3f}" for name in self.evaluator.shown_metrics)
         self.log.message(f"step {step}, {len(split)} images of {split.split}: {shown}")
+        self.evaluator.write(self.workdir, found, metrics)
+        score, images = metrics[main] or 0.0, f"{split.name} {split.split}"
         best = self.checkpoints.best_metrics()
-        if best is None or (metrics[main] or 0.0) > best[main]:
-            self.checkpoints.save_best(state, {main: metrics[main] or 0.0})
+        # Scores on other images, before data.eval_split was changed, are no measure of these.
+        if best is None or best.get("images", images) != images or score > best[main]:
+            self.checkpoints.save_best(state, {main: score, "images": images})
         if last:
             peers.at("analysing")
             self.evaluator.analyse(self.workdir, variables, found)
             if sharding.process()[0] == 0:
-                self._conclude(found)
+                self._conclude(found, metrics)
         return metrics
 
     def check_finite(self, written: tuple[int, dict[str, float]] | None) -> None:
@@ -174,13 +182,12 @@ class _Run:
                 "at these images, or lower optim.learning_rate or set optim.clip_norm, and run the same command"
             )
 
-    def _conclude(self, found: list[Found]) -> None:
+    def _conclude(self, found: list[Found], metrics: dict[str, Any]) -> None:
         """Pictures, the curve, and the scores at the top of the workdir, where a finished run is recognised by them."""
         self.evaluator.draw(self.workdir, found, self.config.pictures)
         folder = path(self.workdir)
         visualize.curves(folder / "metrics.jsonl", folder / "curves.png")
-        text = (folder / "eval" / self.evaluator.split.split / "metrics.json").read_text()
-        write_atomically(folder / "metrics.json", lambda file: file.write(text))  # that it is there says: finished
+        write_json(folder / "metrics.json", metrics)  # that it is there says: finished
 
 
 def _regions(config: ml_collections.ConfigDict, train_split: Split, eval_split: Split) -> dict[str, Any]:
@@ -250,13 +257,24 @@ def _frozen_at_random(backbone: ml_collections.ConfigDict) -> list[str]:
 
 
 def _changes(config: ml_collections.ConfigDict, workdir: str) -> list[str]:
-    """What of the model is otherwise than when its weights came into this workdir."""
+    """What is otherwise than when this workdir was last trained or converted; keys that one side lacks came later."""
     if not (path(workdir) / "config.json").exists():
         return []
-    before, now = (common.flat_values(c.model) for c in (checkpoint.read_config(workdir), config))
     return [
-        f"changed: model.{key} is {now[key]}, was {before[key]}" for key in now if before.get(key, now[key]) != now[key]
+        f"{key} is {now!r}, was {before!r}"
+        for key, before, now in difference(checkpoint.read_config(workdir), config)
+        if key not in HARMLESS and before is not None and now is not None
     ]
+
+
+def _restore(
+    checkpoints: checkpoint.Checkpoints, state: TrainState, changes: list[str]
+) -> tuple[TrainState, dict[str, Any]] | None:
+    """As `Checkpoints.restore`; what does not fit is told with the keys that may be why."""
+    try:
+        return checkpoints.restore(state)
+    except UserError as error:
+        raise UserError(f"{error} (changed: {some(changes)})" if changes else str(error)) from None
 
 
 def _position(config: ml_collections.ConfigDict, split: Split, options: PipelineOptions) -> dict[str, Any]:

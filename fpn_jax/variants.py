@@ -60,7 +60,7 @@ def _resolved(config: ml_collections.ConfigDict, where: str, runs: Mapping[str, 
 
 
 # What may differ between two starts of a run without changing what comes out.
-_HARMLESS = (
+HARMLESS = (
     *("data.data_dir", "data.cache_dir", "data.num_threads", "data.num_workers", "pictures", "checkpoint_every"),
     *("mesh.data", "mesh.fsdp", "mesh.space", "mesh.shard_params", "model.backbone.remat", "stages"),
     *("join_within", "dead_after", "stall_after"),
@@ -80,7 +80,7 @@ def check_unchanged(config: ml_collections.ConfigDict, workdir: str, but: Collec
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}); remove {workdir} to run it anew") from None
     now = flat_values(ml_collections.ConfigDict(json.loads(json.dumps(config.to_dict()))))
-    for key in before.keys() & now.keys() - {*_HARMLESS, *but}:
+    for key in before.keys() & now.keys() - {*HARMLESS, *but}:
         one, other = before[key], now[key]
         same = one == other or (key in _RUN_KEYS and one and other and Path(one).resolve() == Path(other).resolve())
         if not same:

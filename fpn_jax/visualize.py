@@ -242,10 +242,10 @@ def save(path: str | os.PathLike, image: np.ndarray, quality: int = 95) -> None:
 
 
 def curves(metrics: str | os.PathLike | Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
-    """Loss and AP over the steps of a run, as a PNG.
+    """Loss and AP, of an RPN its recall, over the steps of a run, as a PNG.
 
     metrics is WORKDIR/metrics.jsonl or its lines as dicts: {"step", "loss", ..., "eval/AP", "eval/AP50", ...}, null
-    where a number has no meaning. Raises `UserError` if the file is missing or the picture cannot be written.
+    where a number has no meaning. Raises `UserError` if the file cannot be read or the picture not be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # here, as it takes every command half a second
     from matplotlib.figure import Figure
@@ -255,13 +255,15 @@ def curves(metrics: str | os.PathLike | Sequence[Mapping[str, Any]], path: str |
     FigureCanvasAgg(figure)
     upper, lower = figure.subplots(2, 1, sharex=True)
     _plot_loss(upper, *_series(rows, "loss"))
-    for name in ("AP50", "AP"):
-        for key in sorted({key for row in rows for key in row if key.endswith(f"/{name}")}):
+    logged = {key for row in rows for key in row}
+    recall = any(key.endswith("/AR1000") for key in logged)
+    for name in ("AR1000", "AR100") if recall else ("AP50", "AP"):
+        for key in sorted(key for key in logged if key.endswith(f"/{name}")):
             steps, values = _series(rows, key)
             split = key.removesuffix(f"/{name}").removeprefix("eval").strip("/")
             _plot_scores(lower, steps, values, f"{name} {split}".strip())
     upper.set_ylabel("training loss")
-    lower.set_ylabel("average precision")
+    lower.set_ylabel("average recall" if recall else "average precision")
     lower.set_ylim(0, 1)
     lower.set_xlabel("step")
     for axes in (upper, lower):
@@ -280,7 +282,11 @@ def _read_lines(path: Any) -> list[dict[str, Any]]:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give the metrics.jsonl of a run") from None
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]  # one without is being written
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); delete its broken line") from None
 
 
 def _series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:

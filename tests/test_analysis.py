@@ -1,5 +1,4 @@
 import json
-import os
 from itertools import pairwise
 from pathlib import Path
 
@@ -284,22 +283,3 @@ def test_no_octave_without_objects(proposals):
     crowd = scene([(1, A)], [(1, 0.9, A)], crowds=(0,))
     assert analysis.by_octave(*crowd, proposals) == [] == analysis.by_octave(*scene([], []), proposals)
     assert analysis.octave_table([]) == ""
-
-
-def test_write_leaves_one_file_that_reads_back(tmp_path, monkeypatch):
-    ground_truth, results = scene([(1, A)], [(1, 0.9, A)])
-    errors, octaves = analysis.error_types(ground_truth, results), analysis.by_octave(ground_truth, results, False)
-    path = analysis.write(tmp_path, "valid", {"errors": errors, "octaves": octaves, "levels": {}})
-    assert path == tmp_path / "eval" / "valid" / "analysis.json"
-    assert json.loads(path.read_text()) == {"errors": errors, "octaves": octaves, "levels": {}}
-    with pytest.raises(ValueError, match="JSON"):
-        analysis.write(tmp_path, "valid", {"levels": float("nan")})
-
-    def full_disk(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", full_disk)
-    with pytest.raises(UserError, match=r"analysis\.json: cannot be written \(No space left on device\)"):
-        analysis.write(tmp_path, "valid", {})
-    assert json.loads(path.read_text())["errors"] == errors
-    assert os.listdir(path.parent) == ["analysis.json"]

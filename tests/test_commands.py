@@ -5,13 +5,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 from launching import environment
+from ml_collections import ConfigDict
 
 from fpn_jax.data.datasets import open_split
+from fpn_jax.evaluate import folder_name
 from fpn_jax.predict import find_images, picture_names
 
 ROOT = Path(__file__).parent.parent
@@ -139,6 +142,7 @@ def test_a_finished_run_that_goes_on_has_no_scores_until_it_is_scored_again(trai
     longer = tmp_path / "longer"
     shutil.copytree(workdir, longer)
     demo = ["train", "--config=experiments/demo.py", f"--workdir={longer}", *arguments, "--config.num_steps=4"]
+    demo += ["--config.data.eval_split=train"]
     (longer / "eval").rename(tmp_path / "aside")
     (longer / "eval").write_text("in the way")  # of the evaluation, after step 4 is saved
     assert run(*demo).returncode != 0
@@ -147,6 +151,58 @@ def test_a_finished_run_that_goes_on_has_no_scores_until_it_is_scored_again(trai
     done = run(*demo)
     assert done.returncode == 0, done.stderr
     assert (longer / "metrics.json").exists() and "eval/AP" in (longer / "metrics.jsonl").read_text().splitlines()[-1]
+    # The best on other images says nothing of these.
+    assert [folder.name for folder in (longer / "best").iterdir()] == ["4"]
+
+
+def test_a_change_between_two_starts_is_told(trained, tmp_path):
+    workdir, arguments, _ = trained
+    changed = tmp_path / "changed"
+    shutil.copytree(workdir, changed)
+    demo = ["train", "--config=experiments/demo.py", f"--workdir={changed}", *arguments]
+    refused = fails_in_one_line(run(*demo, "--config.optim.name=sgd"))
+    assert "another architecture" in refused and refused.endswith("(changed: optim.name is 'sgd', was 'adamw')")
+    done = run(*demo, "--config.num_steps=2", "--config.optim.learning_rate=0.25", "--config.pictures=3")
+    assert done.returncode == 0, done.stderr
+    told = [line for line in done.stderr.splitlines() if line.startswith(("changed: ", "warning: "))]
+    assert told[0] == "changed: num_steps is 2, was 3" and told[1].startswith(
+        "changed: optim.learning_rate is 0.25, was"
+    )
+    assert told[2:] == ["warning: the run is at step 3, num_steps=2: none is left"]
+
+
+def test_other_scores_than_the_trainings_have_folders_of_their_own(trained, tmp_path):
+    workdir, *_ = trained
+    kept = (workdir / "eval/val/metrics.json").read_bytes(), (workdir / "eval/val/analysis.json").stat().st_mtime
+    done = run("evaluate", f"--workdir={workdir}", "--tight", "--pictures=0")
+    assert done.returncode == 0, done.stderr
+    assert f"written to {workdir}/eval/val_tight/" in done.stdout and (workdir / "eval/val_tight/metrics.json").exists()
+    assert kept == (
+        (workdir / "eval/val/metrics.json").read_bytes(),
+        (workdir / "eval/val/analysis.json").stat().st_mtime,
+    )
+
+    config = ConfigDict({"data": {"dataset": "scenes"}})
+    scenes, coco = SimpleNamespace(name="scenes", split="val"), SimpleNamespace(name="coco/2017", split="test")
+    assert folder_name(config, scenes, None, False, None) == "val"
+    assert folder_name(config, scenes, 0, False, "runs/rpn") == "val_step0_on_runs_rpn"
+    assert folder_name(config, coco, 300, True, None) == "coco_2017_test_step300_tight"
+    config.data.proposals_eval = "runs/rpn"
+    assert folder_name(config, scenes, None, False, "runs/rpn") == "val"
+
+
+def test_scores_are_told_before_anything_that_can_fail(trained, tmp_path):
+    workdir, *_ = trained
+    copied = tmp_path / "copied"
+    shutil.copytree(workdir, copied)
+    (copied / "eval/val/metrics.json").unlink()
+    (copied / "eval/val/metrics.json").mkdir()
+    done = run("evaluate", f"--workdir={copied}")
+    assert "eval/val/metrics.json: cannot be written" in fails_in_one_line(done) and "AP50" in done.stdout
+    shutil.rmtree(copied / "eval")
+    (copied / "eval").write_text("in the way")
+    done = run("evaluate", f"--workdir={copied}")
+    assert "eval/val: cannot be written" in fails_in_one_line(done) and not done.stdout
 
 
 def test_mistakes_are_one_line(trained, tmp_path):

@@ -161,21 +161,11 @@ def test_the_table_is_sorted(sort, order):
         evaluation.metrics_table(metrics, "size")
 
 
-def test_write_leaves_two_files_that_read_back(tmp_path):
-    metrics = evaluation.coco_metrics(truth(), [RESULT])
-    paths = [tmp_path / "eval" / "valid" / name for name in ("metrics.json", "detections.json")]
-    evaluation.write(tmp_path, "valid", metrics, [RESULT, RESULT])
-    assert json.loads(paths[0].read_text()) == metrics and metrics["AP_small"] is None
-    assert json.loads(paths[1].read_text()) == [RESULT, RESULT]
-    evaluation.write(tmp_path, "valid", metrics, [])
-    assert json.loads(paths[1].read_text()) == []
-    assert sorted(os.listdir(paths[0].parent)) == ["detections.json", "metrics.json"]
-
-
-def test_a_write_that_fails_leaves_the_files_before(tmp_path, monkeypatch):
-    metrics = evaluation.coco_metrics(truth(), [RESULT])
-    paths = [tmp_path / "eval" / "valid" / name for name in ("metrics.json", "detections.json")]
-    evaluation.write(tmp_path, "valid", metrics, [RESULT])
+def test_results_read_back_and_stay_if_others_cannot_be_written(tmp_path, monkeypatch):
+    path = tmp_path / "eval" / "valid" / "detections.json"
+    for results in ([RESULT, RESULT], [], [RESULT]):
+        evaluation.write_results(path, results)
+        assert json.loads(path.read_text()) == results
 
     def full_disk(*_):
         raise OSError(28, "No space left on device")
@@ -184,9 +174,6 @@ def test_a_write_that_fails_leaves_the_files_before(tmp_path, monkeypatch):
     with pytest.raises(
         UserError, match=r"detections\.json: cannot be written \(No space left on device\); free some space"
     ):
-        evaluation.write(tmp_path, "valid", metrics, [])
-    assert json.loads(paths[1].read_text()) == [RESULT]
-    assert sorted(os.listdir(paths[0].parent)) == ["detections.json", "metrics.json"]
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="another folder"):
-        evaluation.write(tmp_path / "file", "valid", metrics, [])
+        evaluation.write_results(path, [])
+    assert json.loads(path.read_text()) == [RESULT]
+    assert os.listdir(path.parent) == ["detections.json"]

@@ -151,6 +151,21 @@ def test_curves_read_the_file_of_a_run(tmp_path):
     assert (a == b).all() and not (a == c).all()
     with pytest.raises(UserError, match=r"nowhere\.jsonl: No such file"):
         visualize.curves(tmp_path / "nowhere.jsonl", tmp_path / "d.png")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 51, "lo\n' + text)
+    with pytest.raises(UserError, match=r"metrics\.jsonl is damaged .*; delete its broken line"):
+        visualize.curves(tmp_path / "metrics.jsonl", tmp_path / "d.png")
+
+
+def test_curves_of_an_rpn_are_of_its_recall(tmp_path):
+    """AR100 is among a detector's scores, too, and not drawn there."""
+    shown = []
+    for ar1000 in ({"eval/AR1000": 0.75}, {}, {"eval/AR1000": 0.5}):
+        rows = [{"step": 20, "eval/AR100": 0.25} | ar1000]
+        visualize.curves(rows, tmp_path / "curves.png")
+        shown.append(cv2.imread(str(tmp_path / "curves.png")))
+    visualize.curves([], tmp_path / "curves.png")
+    assert (shown[1] == cv2.imread(str(tmp_path / "curves.png"))).all()
+    assert not (shown[0] == shown[1]).all() and not (shown[0] == shown[2]).all()
 
 
 def test_series_keep_the_later_of_two_lines_and_leave_out_null():

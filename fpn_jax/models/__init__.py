@@ -66,6 +66,8 @@ NUMBERS = {
     "model.box_head.fcs": (0, math.inf),
     "model.box.pooled_size": (1, math.inf),
     "model.box.canonical_size": (1, math.inf),
+    "model.box.k0": (0, math.inf),
+    "model.box.level_eps": (0, 1),
     "model.box.detections": (1, math.inf),
     "model.rpn.sizes": (_ABOVE_ZERO, math.inf),
     "model.rpn.ratios": (_ABOVE_ZERO, math.inf),

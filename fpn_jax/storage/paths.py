@@ -3,14 +3,16 @@
 import functools
 import importlib.util
 import io
+import json
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from fpn_jax.errors import UserError
+from fpn_jax.errors import UserError, remedy
 
 _SCHEME = "gs://"
 INSTALL = 'pip install -e ".[gcs]"'
@@ -82,7 +84,7 @@ def telling(where: Any, what: str) -> Iterator[None]:
             raise
         if not is_remote(where):
             reason = getattr(error, "strerror", None) or _line(error)
-            raise UserError(f"{where}: {what} ({reason}); free some space or choose another folder") from None
+            raise UserError(f"{where}: {what} ({reason}); {remedy(error)} or choose another folder") from None
         raise UserError(f"{where}: {what} ({_line(error)}); {_advice(error)}") from None
 
 
@@ -134,6 +136,21 @@ def write_atomically(target: Any, write_to: Callable[[IO[Any]], Any], binary: bo
     finally:
         if target.parent.is_dir():
             temporary.unlink(missing_ok=True)
+
+
+def check_writable(folder: Any) -> None:
+    """Make a folder of this machine, to be written to later. Raises `UserError` if that would fail."""
+    if is_remote(folder):
+        return
+    with telling(folder, "cannot be written"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+
+
+def write_json(target: Any, value: Any, finite: bool = True) -> None:
+    """Write a value as JSON, see `write_atomically`. finite: raises ValueError for NaN and infinities."""
+    text = json.dumps(value, indent=2, allow_nan=not finite) + "\n"
+    write_atomically(target, lambda file: file.write(text))
 
 
 def modified(folder: Any) -> float:

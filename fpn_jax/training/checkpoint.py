@@ -59,7 +59,7 @@ class Checkpoints:
         }
         self._guarded(self._latest, lambda: self._latest.save(step, args=ocp.args.Composite(**items), force=True))
 
-    def save_best(self, state: TrainState, metrics: dict[str, float]) -> None:
+    def save_best(self, state: TrainState, metrics: dict[str, float | str]) -> None:
         """Keep these weights as the best, in place of the former best."""
         items = {"weights": ocp.args.StandardSave(_weights(state)), "metrics": ocp.args.JsonSave(metrics)}
         step = int(state.step)
@@ -80,7 +80,7 @@ class Checkpoints:
         """Whether there are no weights of any kind."""
         return all(m.latest_step() is None for m in (self._latest, self._best, self._initial))
 
-    def best_metrics(self) -> dict[str, float] | None:
+    def best_metrics(self) -> dict[str, Any] | None:
         """What `save_best` was last given, None without a best."""
         step = self._best.latest_step()
         if step is None:
@@ -233,8 +233,7 @@ def claim_workdir(workdir: str) -> IO[str] | RemoteClaim:
 
 def write_config(workdir: str, config: ml_collections.ConfigDict) -> None:
     """Keep the config in WORKDIR/config.json; only once it is known to fit the weights that are there."""
-    text = json.dumps(config.to_dict(), indent=2) + "\n"
-    paths.write_atomically(paths.path(workdir) / "config.json", lambda file: file.write(text))
+    paths.write_json(paths.path(workdir) / "config.json", config.to_dict(), finite=False)
 
 
 def read_config(workdir: str) -> ml_collections.ConfigDict:

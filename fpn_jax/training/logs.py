@@ -18,7 +18,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
-from fpn_jax.errors import UserError
+from fpn_jax.errors import UserError, remedy
 from fpn_jax.storage import paths
 from fpn_jax.storage.spool import Spool
 
@@ -169,7 +169,7 @@ class _Writing:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if isinstance(error, OSError):
-            raise UserError(f"{self._path}: {error.strerror}; free some space or choose another --workdir") from None
+            raise UserError(f"{self._path}: {error.strerror}; {remedy(error)} or choose another --workdir") from None
 
 
 def _scalar(value: Any) -> float:

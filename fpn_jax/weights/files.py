@@ -19,7 +19,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from fpn_jax.errors import UserError
+from fpn_jax.errors import UserError, remedy
 from fpn_jax.weights import torch_files
 from fpn_jax.weights.torch_files import FormatError
 
@@ -105,7 +105,7 @@ def write_arrays(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> N
                 _write_torch(file, arrays)
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; free some space or choose another folder") from None
+        raise UserError(f"{path}: {error.strerror}; {remedy(error)} or choose another folder") from None
     finally:
         if path.parent.is_dir():
             temporary.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fpn_jax.errors import UserError
+from fpn_jax.errors import UserError, remedy
 
 CACHE_VARIABLE = "FPN_JAX_WEIGHTS"
 BASES = {
@@ -212,7 +212,7 @@ def _download(source: _Source, path: Path) -> None:
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be written ({error.strerror}); free some space or name another folder with "
+            f"{path}: cannot be written ({error.strerror}); {remedy(error)} or name another folder with "
             f"{CACHE_VARIABLE}=FOLDER"
         ) from None
     finally:

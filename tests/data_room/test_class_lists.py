@@ -105,7 +105,7 @@ def test_scores_and_results_are_the_same_with_any_list(tmp_path):
         evaluator = scoring.Evaluator(SimpleNamespace(class_agnostic=False), mesh, split, OPTIONS, 8)
         vars(evaluator)["_detect"] = jax.jit(detect_some)
         of_images = evaluator.detect(jnp.asarray(following))
-        found[name] = evaluator.results(of_images), evaluator.score(str(tmp_path / name), of_images)
+        found[name] = evaluator.results(of_images), evaluator.score(of_images)
         evaluator.draw(str(tmp_path / name), of_images, 2)
         assert (tmp_path / name / "eval" / "train" / "overview.jpg").exists()
     results, metrics = found[""]

@@ -157,7 +157,10 @@ def test_mistakes_are_told():
     [
         ("--classes=0", "--classes=0: give at least 1"),
         ("--objects=-1", "--objects=-1: give at least 0"),
-        ("--output=no/such/plan.json", "--output=no/such/plan.json: there is no folder no/such; make it first"),
+        (
+            "--output=LICENSE/a.json",
+            "LICENSE: cannot be written (File exists); free some space or choose another folder",
+        ),
     ],
 )
 def test_flags_that_cannot_be_are_told_before_anything_is_compiled(tiny_experiment, flag, told):

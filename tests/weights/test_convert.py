@@ -140,6 +140,16 @@ def test_init_from_a_part_of_a_workdir(tmp_path, config, arrays, file):
         assert np.array_equal(found[name], array) == name.startswith("backbone."), name
 
 
+def test_a_workdir_is_taken_over_whole_whatever_it_was_begun_from(tmp_path, config, file):
+    """How its weights came there, in part or with fresh class layers, is no matter of the copy's."""
+    convert_in(config, file, str(tmp_path / "first"))
+    config.init_from, config.init_part, config.init_reset_classes = str(tmp_path / "first"), "backbone", True
+    checkpoint.write_config(str(tmp_path / "first"), config)
+    convert_in(None, str(tmp_path / "first"), str(tmp_path / "copy"))
+    first, copy = (loader.export(weights_of(tmp_path / name), "torchvision", 7) for name in ("first", "copy"))
+    assert first.keys() == copy.keys() and all(np.array_equal(first[name], copy[name]) for name in first)
+
+
 class Quiet(SimpleHTTPRequestHandler):
     def log_message(self, *args):
         del args
@@ -161,7 +171,7 @@ def test_published_weights_from_the_address_to_the_score(tmp_path, config, file,
         server.shutdown()
     metrics = evaluate.evaluate(str(tmp_path / "run"), None, "best", 0, None, tight=True)
     assert metrics["num_images"] == 5
-    assert (tmp_path / "run/eval/val/detections.json").exists()
+    assert (tmp_path / "run/eval/val_tight/detections.json").exists()
 
 
 @pytest.mark.parametrize(
