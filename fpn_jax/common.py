@@ -248,16 +248,17 @@ def flat_values(config: ml_collections.ConfigDict) -> dict[str, Any]:
     return flat
 
 
-def read_weights(address: str) -> dict[str, np.ndarray]:
+def read_weights(address: str, cache_dir: str = "") -> dict[str, np.ndarray]:
     """The arrays, by their names there, of a file, an address that `published.fetch` knows, or the best of a workdir.
 
-    A workdir's are named as the paths of our variables. Raises `UserError` if there is nothing readable.
+    A workdir's are named as the paths of our variables. cache_dir: for a file on gs://, see `mirror`. Raises
+    `UserError` if there is nothing readable.
     """
     if is_workdir(address):
         with checkpoint.Checkpoints(address) as checkpoints:
             variables, _ = checkpoints.saved_weights("best")
         return {"/".join(path): np.asarray(x) for path, x in names.flatten(variables).items()}
-    local = mirror.fetched(address) if address.startswith("gs://") else published.fetch(address)
+    local = mirror.fetched(address, cache_dir) if address.startswith("gs://") else published.fetch(address)
     return files.read_arrays(local)
 
 
@@ -279,7 +280,7 @@ def load_weights(
     """
     return loader.load(
         variables,
-        read_weights(address) if arrays is None else arrays,
+        read_weights(address, config.data.get("cache_dir", "")) if arrays is None else arrays,
         address,
         config.model.box.pooled_size,
         [part.strip() for part in config.init_part.split(",") if part.strip()],

@@ -40,7 +40,7 @@ def convert_in(
     Without a config the experiment is guessed from the file. Raises `UserError` if the workdir is in use, or if any
     weight has no place; then the workdir is left without weights.
     """
-    arrays = common.read_weights(address)
+    arrays = common.read_weights(address, config.data.cache_dir if config else "")
     remarks: list[str] = []
     if config is None:
         config, remarks = _guess_config(arrays, address)

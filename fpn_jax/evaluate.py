@@ -79,7 +79,8 @@ def _evaluate(
     if proposals and config.model.get("detector") != "fast_rcnn":
         raise UserError(f"--proposals={proposals}: {workdir} has a detector that proposes itself; leave it out")
     if config.model.get("detector") == "fast_rcnn":
-        regions = open_proposals(proposals or config.data.proposals_eval, split, options.max_proposals[1])
+        given, cache_dir = proposals or config.data.proposals_eval, config.data.get("cache_dir", "")
+        regions = open_proposals(given, split, options.max_proposals[1], cache_dir)
     name = folder_name(checkpoint.read_config(workdir), split, None if newest else step, tight, proposals)
     evaluator = Evaluator(detector, mesh, split, options, config.eval_batch_size, regions, name)
     folder, first = evaluator.folder(workdir), sharding.process()[0] == 0

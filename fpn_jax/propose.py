@@ -57,11 +57,12 @@ def propose(workdir: str, split: Split, path: Any, most: int, which: str = "best
     sharding.wait_for_all(f"proposals of {split.name} {split.split}")
 
 
-def open_proposals(address: str, split: Split, most: int) -> ProposalTable:
+def open_proposals(address: str, split: Split, most: int, cache_dir: str = "") -> ProposalTable:
     """The proposals of a split that `config.data.proposals_train` or `_eval` names: a file's, or an RPN workdir's.
 
-    A workdir's are computed once for each split, checkpoint and number, and kept in WORKDIR/proposals/. Raises
-    `UserError` if the address is empty, or what it names cannot give the split's proposals.
+    A workdir's are computed once for each split, checkpoint and number, and kept in WORKDIR/proposals/. Those on gs://
+    are copied below `cache_dir`, see `mirror`. Raises `UserError` if the address is empty, or what it names cannot give
+    the split's proposals.
     """
     if not address:
         raise UserError(
@@ -69,7 +70,7 @@ def open_proposals(address: str, split: Split, most: int) -> ProposalTable:
             "of proposals or the workdir of an RPN"
         )
     if not paths.path(address).is_dir():
-        return read_proposals(mirror.fetched(address))
+        return read_proposals(mirror.fetched(address, cache_dir))
     checkpoint.read_config(address)  # else it is no run at all
     with checkpoint.Checkpoints(address) as checkpoints:
         step = checkpoints.chosen_step("best")
@@ -79,7 +80,7 @@ def open_proposals(address: str, split: Split, most: int) -> ProposalTable:
     weights = max(paths.modified(paths.path(address) / folder) for folder in ("best", "checkpoints"))
     if not path.exists() or paths.modified(path) < weights:
         propose(address, split, path, most)
-    return read_proposals(mirror.fetched(os.fspath(path)))
+    return read_proposals(mirror.fetched(os.fspath(path), cache_dir))
 
 
 def main(argv: Sequence[str]) -> None:

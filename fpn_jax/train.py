@@ -200,10 +200,10 @@ def _regions(config: ml_collections.ConfigDict, train_split: Split, eval_split: 
                     "leave it empty, or set model.detector=fast_rcnn"
                 )
         return {"train": None, "eval": None}
-    most = dict(zip(("train", "eval"), config.data.max_proposals, strict=True))
+    most, cache_dir = config.data.max_proposals, config.data.cache_dir
     return {
-        "train": open_proposals(config.data.proposals_train, train_split, most["train"]),
-        "eval": open_proposals(config.data.proposals_eval, eval_split, most["eval"]),
+        "train": open_proposals(config.data.proposals_train, train_split, most[0], cache_dir),
+        "eval": open_proposals(config.data.proposals_eval, eval_split, most[1], cache_dir),
     }
 
 

@@ -10,12 +10,18 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 from launching import environment
 
+from fpn_jax import common
+from fpn_jax.data import proposals
+from fpn_jax.data.proposals import ProposalTable
 from fpn_jax.errors import UserError
+from fpn_jax.propose import open_proposals
 from fpn_jax.storage import claim, mirror, paths, spool
 from fpn_jax.training import checkpoint
+from fpn_jax.weights import files
 
 ROOT = Path(__file__).parent.parent
 
@@ -169,6 +175,19 @@ def test_a_mirror_copies_once_and_anew_what_changed(cloud, tmp_path, capfd, monk
         copy()
     with pytest.raises(UserError, match="no such file"):
         mirror.fetched("gs://bucket/mirrored/nothing.npz", str(tmp_path))
+
+
+def test_weights_and_proposals_go_where_the_data_goes(cloud, tmp_path):
+    arrays = {"a": np.arange(3, dtype=np.float32)}
+    files.write_arrays(tmp_path / "w.pth", arrays)
+    table = ProposalTable.from_lists([7], [np.float32([[0, 0, 8, 8]])], [np.float32([0.5])], "p.npz")
+    proposals.write(tmp_path / "p.npz", table, {7: (16, 16)})
+    for name in ("w.pth", "p.npz"):
+        paths.filesystem().put(str(tmp_path / name), f"gs://bucket/given/{name}")
+    cache = tmp_path / "cache"
+    assert common.read_weights("gs://bucket/given/w.pth", str(cache))["a"].tolist() == [0, 1, 2]
+    assert open_proposals("gs://bucket/given/p.npz", None, 10, str(cache)).image_id.tolist() == [7]
+    assert sorted(file.name for file in cache.rglob("*.[np]*") if file.name[0] != ".") == ["p.npz", "w.pth"]
 
 
 def test_a_spool_goes_on_with_what_is_there_and_loses_nothing(cloud, monkeypatch):

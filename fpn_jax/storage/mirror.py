@@ -82,9 +82,8 @@ def _copy_all(folder: str, files: list[dict[str, Any]], local: Path, known: dict
     free = shutil.disk_usage(local).free
     if total + _SPARE > free:
         raise UserError(
-            f"{local}: {_size(total)} of {folder} do not fit into the {_size(free)} that are free; free some space, "
-            "set config.data.cache_dir to a folder of a larger disk (data sets), or name a local copy (weights, "
-            "proposals)"
+            f"{local}: {_size(total)} of {folder} do not fit into the {_size(free)} that are free; free some space, or "
+            "set config.data.cache_dir to a folder of a larger disk"
         )
     print(f"copying {len(files)} files, {_size(total)}, of {folder} to {local}", file=sys.stderr, flush=True)
     # What was derived from files that are copied anew is out of date; it has no ETag.
