@@ -10,6 +10,7 @@ WORKDIR may be on gs://: there orbax marks a folder as whole where it renames it
 """
 
 import fcntl
+import functools
 import json
 import logging
 import os
@@ -38,7 +39,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: str, keep: int = 2, writes: bool = False):
-        absl_logging.get_absl_logger().addFilter(_is_not_raised_later)
+        _tell_failed_saves_once()
         self.workdir = workdir
         self._latest = _manager(workdir, "checkpoints", keep, writes)
         self._best = _manager(workdir, "best", 1, writes)
@@ -255,8 +256,23 @@ def _manager(workdir: str, name: str, keep: int, writes: bool) -> ocp.Checkpoint
     return ocp.CheckpointManager(paths.absolute(workdir) / name, options=options, item_handlers=arrays | values)
 
 
+@functools.cache
+def _tell_failed_saves_once() -> None:
+    """Of a save that fails `Checkpoints` raises the first fault; hundreds would be printed, one for each array."""
+    absl_logging.get_absl_logger().addFilter(_is_not_raised_later)
+    logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
+    otherwise = sys.unraisablehook
+
+    def hook(fault: Any) -> None:
+        # By tensorstore's threads, which tell orbax's loop of each array; it ended with the first fault.
+        if str(fault.exc_value) != "Event loop is closed":
+            otherwise(fault)
+
+    sys.unraisablehook = hook
+
+
 def _is_not_raised_later(record: logging.LogRecord) -> bool:
-    """False for the stack traces that orbax's threads log of a save that fails: `Checkpoints` raises what it was."""
+    """False for the stack traces that orbax's threads log of a save that fails."""
     return not (record.exc_info and "orbax" in Path(record.pathname).parts)
 
 
@@ -279,4 +295,5 @@ def _part(entry: Any) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line if len(line) <= 200 else f"{line[:95]} ... {line[-100:]}"  # tensorstore's reason is at the end
