@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
-_PATH_ERRORS = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOENT)
+_IN_THE_WAY = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
 
 
 class UserError(Exception):
@@ -49,6 +49,8 @@ def warn(line: str) -> None:
 
 def remedy(error: OSError) -> str:
     """What to do about a file that cannot be written, if not choosing another folder."""
+    if error.errno in _IN_THE_WAY:
+        return "move what is in the way"
     return "make it writable" if error.errno in _FORBIDDEN else "free some space"
 
 
@@ -61,7 +63,7 @@ def explain(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; the same command goes on, a training from its last checkpoint", 130
     if isinstance(error, OSError):  # a full disk or a read-only folder is the user's to mend, too
-        by_path = error.errno in _PATH_ERRORS and error.filename
+        by_path = error.errno in (*_IN_THE_WAY, errno.ENOENT) and error.filename
         if by_path or error.errno in _FULL + _FORBIDDEN:
             hint = "give another path" if by_path else f"{remedy(error)} or choose another folder"
             return f"error: {error.filename or 'writing'}: {error.strerror}; {hint}", UserError.status

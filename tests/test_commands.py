@@ -195,14 +195,23 @@ def test_scores_are_told_before_anything_that_can_fail(trained, tmp_path):
     workdir, *_ = trained
     copied = tmp_path / "copied"
     shutil.copytree(workdir, copied)
+    older = copied / "eval/val_step2/metrics.json"
+    older.mkdir(parents=True)
+    shutil.rmtree(copied / "best")
+    shutil.copytree(copied / "checkpoints/2", copied / "best/2")
+    done = run("evaluate", f"--workdir={copied}")
+    assert f"{older}: cannot be written" in fails_in_one_line(done) and "AP50" in done.stdout
     (copied / "eval/val/metrics.json").unlink()
     (copied / "eval/val/metrics.json").mkdir()
-    done = run("evaluate", f"--workdir={copied}")
+    done = run("evaluate", f"--workdir={copied}", "--checkpoint=latest")
     assert "eval/val/metrics.json: cannot be written" in fails_in_one_line(done) and "AP50" in done.stdout
     shutil.rmtree(copied / "eval")
     (copied / "eval").write_text("in the way")
     done = run("evaluate", f"--workdir={copied}")
-    assert "eval/val: cannot be written" in fails_in_one_line(done) and not done.stdout
+    assert (
+        "eval/val_step2: cannot be written (Not a directory); move what is in the way" in fails_in_one_line(done)
+        and not done.stdout
+    )
 
 
 def test_mistakes_are_one_line(trained, tmp_path):

@@ -159,7 +159,7 @@ def test_mistakes_are_told():
         ("--objects=-1", "--objects=-1: give at least 0"),
         (
             "--output=LICENSE/a.json",
-            "LICENSE: cannot be written (File exists); free some space or choose another folder",
+            "LICENSE: cannot be written (File exists); move what is in the way or choose another folder",
         ),
     ],
 )
