@@ -3,9 +3,10 @@
     python -m fpn_jax.train --config=experiments/faster_rcnn_r50_fpn_4step.py --workdir=runs/4step
 
 1. An RPN is trained, from ImageNet weights. 2. A Fast R-CNN is trained on its proposals, from ImageNet weights again.
-3. An RPN's head is trained on the Fast R-CNN's features, which stay as they are. 4. A Fast R-CNN's head is trained
-anew on these features and on the proposals of step 3. Steps 3 and 4 share backbone and neck, so that their heads make
-one Faster R-CNN: the run ends with its weights and its scores. Stopped or killed, the same command continues.
+3. An RPN's head is trained on the Fast R-CNN's features, which stay as they are. 4. The head of
+step 2 is trained on, with these features and the proposals of step 3. Steps 3 and 4 share backbone and neck, so that
+their heads make one Faster R-CNN: the run ends with its weights and its scores. Stopped or killed, the same command
+continues.
 
 Score to expect: 34.3 AP on minival by the paper's Table 5 (33.9 without sharing). Not measured by us on COCO; on scenes
 see experiments/ablations/RESULTS.md.

@@ -173,11 +173,19 @@ def load_config(given: str) -> ConfigDict:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise UserError(f"--config={given} defines no get_config(); see the experiments/ folder for some that do")
         return module.get_config(*given.split(":")[1:])
+    except UserError:
+        raise
+    except ModuleNotFoundError as error:
+        hint = (
+            "start it in the folder of fpn_jax's clone" if error.name == "experiments" else "install it, or correct it"
+        )
+        raise UserError(f"--config={given} cannot be loaded ({error}); {hint}") from error
     except Exception as error:
-        where = f"{type(error).__name__}: {error}"
-        what = "correct it" if hasattr(module, "get_config") else "it must define get_config()"
-        raise UserError(f"--config={given} cannot be loaded ({where}); {what}") from error
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(f"--config={given} cannot be loaded ({what}); correct it") from error
 
 
 def _unknown_key(config: ConfigDict, key: str) -> str | None:

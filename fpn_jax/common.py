@@ -40,6 +40,11 @@ class Classes:
         """Keep them in WORKDIR/classes.json."""
         paths.write_json(paths.path(workdir) / "classes.json", dataclasses.asdict(self))
 
+    @staticmethod
+    def known(workdir: str) -> bool:
+        """Whether the workdir has any yet."""
+        return (paths.path(workdir) / "classes.json").exists()
+
     @classmethod
     def read(cls, workdir: str) -> "Classes":
         """Raises `UserError` if the workdir has none."""
@@ -119,7 +124,8 @@ def check_numbers(config: ml_collections.ConfigDict) -> None:
     values = flat_values(config)
     for key in _ROWS:
         value = values.get(key, ())
-        strange = [x for x in value if not isinstance(x, int | float)]
+        row = value if isinstance(value, tuple) else (value,)
+        strange = [x for x in row if not isinstance(x, int | float) and (x, key) != (None, "model.backbone.blocks")]
         if strange:
             raise UserError(f"{key} is {value}: {strange[0]!r} is not a number; give numbers alone")
     for key, (least, itself, below) in _NUMBERS.items():
@@ -221,7 +227,8 @@ def check_classes(classes: Classes, split: Split, workdir: str) -> None:
         raise UserError(
             f"--workdir={workdir} was trained on {len(classes.names)} classes with ids {classes.category_ids[:5]}..., "
             f"{split.name} has {len(split.class_names)} with ids {list(split.category_ids)[:5]}...; "
-            "use the data set it was trained on, or train in another --workdir"
+            f"use the data set it was trained on, or train in another --workdir, to which --config.init_from={workdir} "
+            "--config.init_reset_classes=True takes all other weights"
         )
     renamed = [
         f"{category} is {now!r}, there {before!r}"

@@ -47,7 +47,10 @@ def convert_in(
     config.init_part, config.init_reset_classes = part or config.init_part, reset_classes or config.init_reset_classes
     detector_slots = loader.class_slots(arrays, address)
     is_whole = detector_slots is not None and not config.init_reset_classes and not config.init_part
-    classes = _classes(config, detector_slots if is_whole else None, address, remarks)
+    if is_whole and common.is_workdir(address):
+        classes = common.Classes.read(address)
+    else:
+        classes = _classes(config, detector_slots if is_whole else None, address, remarks)
     detector = common.make_detector(config, classes)
     variables = init_variables(detector, common.pipeline_options(config).buckets[0], config.seed)
     loaded = common.load_weights(config, variables, address, arrays)
@@ -90,8 +93,7 @@ def convert_out(workdir: str, path: str, framework: str, which: str) -> list[str
 def _guess_config(arrays: Mapping[str, np.ndarray], address: str) -> tuple[ml_collections.ConfigDict, list[str]]:
     if common.is_workdir(address):
         config = ml_collections.ConfigDict(checkpoint.read_config(address).to_dict())
-        config.init_from = config.init_part = ""
-        config.init_reset_classes = False
+        config.init_from, config.init_part, config.init_reset_classes, config.stages = "", "", False, ()
         return config.lock(), [f"config: {address}/config.json"]
     experiment, changes, remarks = guess.experiment(arrays, address)
     path = Path(__file__).parent.parent / "experiments" / experiment

@@ -19,6 +19,10 @@ class UserError(Exception):
     status = 2
 
 
+class InUseError(UserError):
+    """Another process trains in the workdir."""
+
+
 class Stopped(Exception):
     """The run was told to stop (SIGTERM, preemption) and has saved what it has.
 

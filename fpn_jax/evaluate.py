@@ -76,9 +76,9 @@ def _evaluate(
         variables, step = checkpoints.restore_weights(like, which)
         newest = checkpoints.latest_step in (step, None)
     regions = None
-    if proposals and config.model.get("detector") != "fast_rcnn":
+    if proposals and not detector.needs_proposals:
         raise UserError(f"--proposals={proposals}: {workdir} has a detector that proposes itself; leave it out")
-    if config.model.get("detector") == "fast_rcnn":
+    if detector.needs_proposals:
         given, cache_dir = proposals or config.data.proposals_eval, config.data.get("cache_dir", "")
         regions = open_proposals(given, split, options.max_proposals[1], cache_dir)
     name = folder_name(checkpoint.read_config(workdir), split, None if newest else step, tight, proposals)

@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> None:
     classes = common.Classes.read(_WORKDIR.value)
     options = common.pipeline_options(config)
     detector = common.make_detector(config, classes)
-    if config.model.get("detector") == "fast_rcnn":
+    if detector.needs_proposals:
         raise UserError(
             f"--workdir={_WORKDIR.value} is a Fast R-CNN, which needs proposals; run fpn_jax.evaluate on a data set "
             "that has them, or predict with a Faster R-CNN"
@@ -86,7 +86,11 @@ def main(argv: Sequence[str]) -> None:
     try:
         for number, (path, image) in enumerate(_images(paths, unreadable), start=1):
             size = np.array([image.shape[:2]])
-            host = image_batch([image], common.pad_tightly(options, size) if _TIGHT.value else options)
+            try:
+                host = image_batch([image], common.pad_tightly(options, size) if _TIGHT.value else options)
+            except UserError as error:  # it fits into no bucket
+                unreadable.append(f"{path}: {error}")
+                continue
             found = sharding.local_rows(detect(variables, sharding.put_batch(mesh, host)))
             boxes = evaluation.to_original(found.boxes[0], host["size"][0], host["original_size"][0])
             rows = evaluation.coco_results(

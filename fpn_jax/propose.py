@@ -35,9 +35,6 @@ def propose(workdir: str, split: Split, path: Any, most: int, which: str = "best
     NMS sees as many of each level, at least. Raises `UserError` if the workdir's detector proposes nothing.
     """
     config = ml_collections.ConfigDict(checkpoint.read_config(workdir).to_dict())
-    kind = config.model.get("detector", "faster_rcnn")
-    if kind != "rpn":
-        raise UserError(f"{workdir} is no RPN but a {kind}: give the workdir of model.detector=rpn")
     if config.model.rpn.pre_nms_test:  # 0: all
         config.model.rpn.pre_nms_test = max(config.model.rpn.pre_nms_test, most)
     config.model.rpn.post_nms_test = most
@@ -46,6 +43,9 @@ def propose(workdir: str, split: Split, path: Any, most: int, which: str = "best
     sharding.check_batch_size(mesh, config.eval_batch_size, f"eval_batch_size in {workdir}/config.json")
     options = common.pipeline_options(config)
     detector = common.make_detector(config, common.Classes.read(workdir))
+    if not detector.class_agnostic:
+        kind = config.model.get("detector", "faster_rcnn")
+        raise UserError(f"{workdir} is no RPN but a {kind}: give the workdir of model.detector=rpn")
     sharding.check_buckets(mesh, options.buckets, common.STRIDE, detector.coarsest_stride)
     like = common.abstract_variables(detector, options.buckets[0], mesh, mesh_options.shard_params)
     with checkpoint.Checkpoints(workdir) as checkpoints:

@@ -36,19 +36,33 @@ def train_stages(config: ml_collections.ConfigDict, workdir: str, train: Train) 
             common.check_numbers(stage)
         except UserError as error:
             raise UserError(f"stage {path(where).name}: {error}") from None
-    for where, stage in configs.items():
         check_unchanged(stage, where)
+    _check_same_stages(config, workdir)
+    for where, stage in configs.items():
         train(stage, where)
     metrics_file = path(workdir) / "metrics.json"
     if metrics_file.exists():
         return json.loads(metrics_file.read_text())
-    whole = _whole(config)
-    _join(whole, workdir, configs)
+    _join(config, workdir, configs)
     metrics = evaluate.evaluate(workdir, None, "best", config.pictures, None)
     if sharding.process()[0] == 0:
         visualize.curves(path(list(configs)[-1]) / "metrics.jsonl", path(workdir) / "curves.png")
         write_json(metrics_file, metrics)
     return metrics
+
+
+def _check_same_stages(config: ml_collections.ConfigDict, workdir: str) -> None:
+    """Raise a `UserError` if the workdir's weights were put together from other stages than the config's."""
+    if not (path(workdir) / "config.json").exists():
+        return
+    made_of, wanted = (
+        [stage["name"] for stage in c.get("stages", ())] for c in (checkpoint.read_config(workdir), config)
+    )
+    if made_of != wanted:
+        raise UserError(
+            f"--workdir={workdir} was made of the stages {', '.join(made_of) or '(none)'}, now config.stages has "
+            f"{', '.join(wanted)}; set them back, or take another --workdir"
+        )
 
 
 def stage_configs(config: ml_collections.ConfigDict, workdir: str) -> dict[str, ml_collections.ConfigDict]:

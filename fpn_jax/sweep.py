@@ -26,12 +26,13 @@ import ml_collections
 
 from fpn_jax import cli, common
 from fpn_jax.cost import cost
-from fpn_jax.errors import UserError
+from fpn_jax.errors import InUseError, UserError
 from fpn_jax.models import build_detector
 from fpn_jax.stages import stage_configs
 from fpn_jax.storage.paths import path, write_json
 from fpn_jax.train import train
 from fpn_jax.training import processes, sharding
+from fpn_jax.training.optim import make_optimizer, make_schedule
 from fpn_jax.variants import changed, check_unchanged, difference, references
 
 _CONFIG = cli.config_flag()
@@ -43,6 +44,8 @@ _DIFF = cli.flag(
     "diff", list, [], "Rows or config files whose differences to show, instead of running: A,B or B alone."
 )
 
+_POLL = 30.0  # seconds between two looks at a run of another job
+_SAME_IN_ALL = ("seed", "data.dataset", "data.eval_split")
 _ROW_KEYS = {"name", "changes", "note", "published", "in_table"}
 
 
@@ -54,6 +57,8 @@ def main(argv: Sequence[str]) -> None:
         _print_difference(_CONFIG.value, _DIFF.value)
         return
     cli.check_required(workdir=_WORKDIR.value)
+    if _ROW.value and _ONLY.value:
+        raise UserError(f"--row={_ROW.value} and --only={','.join(_ONLY.value)} are both given; give one of them")
     only = [_ROW.value] if _ROW.value else _ONLY.value
     sweep(_CONFIG.value, _WORKDIR.value, _SEEDS.value, only)
 
@@ -73,22 +78,26 @@ def sweep(config: ml_collections.ConfigDict, workdir: str, seeds: int, only: Seq
     common.set_up_jax()
     first = sharding.process()[0] == 0
     all_seeds = [config.base.seed + i for i in range(seeds)]
-    configs = {seed: _configs(config, rows, chosen, workdir, seed) for seed in all_seeds}
-    for seed in all_seeds:  # nothing is written before all fits to what is there
+    plan_file = path(workdir) / "plan.json"
+    known_seeds = sorted({*all_seeds, *_former_seeds(plan_file)})
+    configs = {seed: _configs(config, rows, workdir, seed) for seed in known_seeds}
+    for seed in known_seeds:  # nothing is written before all fits to what is there, also to the rows not chosen now
         for row_config, where in configs[seed].values():
             mesh = sharding.make_mesh(options=common.mesh_options(row_config))
             sharding.check_batch_size(mesh, row_config.batch_size // row_config.accumulate, "batch_size")
             check_unchanged(row_config, where)
-    plan = make_plan(config, rows, all_seeds)
+    plan = make_plan(config, rows, known_seeds)
     if first:
-        print(plan_table(plan, chosen), flush=True)
-        _write_plan(plan, path(workdir) / "plan.json")
+        print(plan_table(plan | {"seeds": all_seeds}, chosen), flush=True)
+        write_json(plan_file, plan)
+    made_by = {"command": plan["command"], **plan["environment"]}
     failures: list[str] = []
     for seed in all_seeds:
         failed: set[str] = set()
         for name in chosen:
             lost = [other for other in needs[name] if other in failed]
-            problem = f"row {lost[0]} failed, whose run it needs" if lost else _run(*configs[seed][name], name, seed)
+            given = *configs[seed][name], name, seed, made_by
+            problem = f"row {lost[0]} failed, whose run it needs" if lost else _run(*given)
             if problem:
                 failed.add(name)
                 failures.append(f"{name}, seed {seed}")
@@ -132,7 +141,11 @@ def _check_config(config: ml_collections.ConfigDict, row: dict[str, Any]) -> Non
     """Raise a `UserError` that names the row if its detector, its data options or its stages cannot be."""
     try:
         row_config = changed(config.base, row["changes"], f"row {row['name']}")
+        for key in _SAME_IN_ALL:
+            if key in row["changes"]:
+                raise UserError(f"{key} is changed, but rows are compared at the same; set --config.base.{key}")
         common.check_numbers(row_config)
+        make_optimizer(row_config.optim, make_schedule(row_config.optim, row_config.batch_size, 1), {})
         build_detector(row_config.model, 1)
         common.pipeline_options(row_config)
         for stage in stage_configs(row_config, "").values():
@@ -155,21 +168,21 @@ def needed_rows(config: ml_collections.ConfigDict, row: dict[str, Any]) -> list[
 
 
 def _configs(
-    config: ml_collections.ConfigDict, rows: dict[str, dict[str, Any]], chosen: Sequence[str], workdir: str, seed: int
+    config: ml_collections.ConfigDict, rows: dict[str, dict[str, Any]], workdir: str, seed: int
 ) -> dict[str, tuple[ml_collections.ConfigDict, str]]:
     """{row: (config, workdir of its run)} with references to other runs put in."""
     runs = {f"row:{name}": f"{workdir}/{name}/seed{seed}" for name in rows}
     return {
         name: (changed(config.base, {**rows[name]["changes"], "seed": seed}, f"row {name}", runs), runs[f"row:{name}"])
-        for name in chosen
+        for name in rows
     }
 
 
-def _write_plan(plan: dict[str, Any], file: Any) -> None:
-    """With the seeds of former calls, of which this one may be a part."""
+def _former_seeds(plan_file: Any) -> list[int]:
+    """Those of former calls, of which this one may be a part."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        plan = plan | {"seeds": sorted({*plan["seeds"], *json.loads(file.read_text())["seeds"]})}
-    write_json(file, plan)
+        return [int(seed) for seed in json.loads(plan_file.read_text())["seeds"]]
+    return []
 
 
 def make_plan(
@@ -177,12 +190,10 @@ def make_plan(
 ) -> dict[str, Any]:
     """What is to be run, and its cost per image, as JSON; `fpn_jax.report` reads it."""
     base, planned = config.base, []
-    bucket = common.pipeline_options(base).buckets[0]
     for name, row in rows.items():
         row_config = changed(base, row["changes"], f"row {name}")
-        proposals = row_config.data.max_proposals[1]
-        classes = _num_classes(row_config)
-        spent = cost(build_detector(row_config.model, classes), bucket, proposals)
+        detector = build_detector(row_config.model, _num_classes(row_config))
+        spent = cost(detector, common.pipeline_options(row_config).buckets[0], row_config.data.max_proposals[1])
         planned.append(
             {
                 "name": name,
@@ -197,6 +208,7 @@ def make_plan(
             }
         )
     detectors = {name: changed(base, row["changes"], name).model.detector for name, row in rows.items()}
+    bucket = common.pipeline_options(base).buckets[0]
     return {
         "title": config.title,
         "description": f"{base.num_steps} steps of {base.batch_size} images of {bucket[0]} x {bucket[1]} pixels.",
@@ -257,8 +269,11 @@ def _with_needed(needs: dict[str, list[str]], wanted: Sequence[str]) -> list[str
     return [name for name in needs if name in needed]
 
 
-def _run(config: ml_collections.ConfigDict, workdir: str, name: str, seed: int) -> str | None:
+def _run(config: ml_collections.ConfigDict, workdir: str, name: str, seed: int, made_by: dict[str, Any]) -> str | None:
     """Train, unless that is done; what went wrong, if it is the user's or the memory's fault.
+
+    A row that another job runs, as several may need the same, is waited for. made_by: kept in made_by.json, for the
+    report: rows may be run by several calls.
 
     One of several processes may fail alone, and the others would wait for it for ever: then the error ends them all.
     """
@@ -271,8 +286,9 @@ def _run(config: ml_collections.ConfigDict, workdir: str, name: str, seed: int) 
     start = time.monotonic()
     if first:
         print(f"{what}: {workdir}", flush=True)
+        write_json(path(workdir) / "made_by.json", made_by)
     try:
-        train(config.lock(), workdir)
+        _train_or_wait(config.lock(), workdir, what)
     except (UserError, jax.errors.JaxRuntimeError) as error:  # the latter: it does not fit into memory
         if sharding.process()[1] > 1:
             raise
@@ -280,6 +296,22 @@ def _run(config: ml_collections.ConfigDict, workdir: str, name: str, seed: int) 
     if first:
         print(f"{what}: finished in {time.monotonic() - start:.0f} s", flush=True)
     return None
+
+
+def _train_or_wait(config: ml_collections.ConfigDict, workdir: str, what: str) -> None:
+    """Train; as long as another job does that, wait for it."""
+    told = False
+    while True:
+        try:
+            train(config, workdir)
+            return
+        except InUseError as busy:
+            if sharding.process()[1] > 1:  # only one of the processes has claimed, and was refused
+                raise
+            if not told:
+                print(f"{what}: {busy}; waiting for it", flush=True)
+            told = True
+            time.sleep(_POLL)
 
 
 def _num_classes(config: ml_collections.ConfigDict) -> int:

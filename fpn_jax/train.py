@@ -63,12 +63,14 @@ def _train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     eval_split = common.open_data(config, config.data.eval_split, "data.eval_split")
     classes = common.Classes(train_split.class_names, train_split.category_ids)
     common.check_classes(classes, eval_split, workdir)
+    if common.Classes.known(workdir):
+        common.check_classes(common.Classes.read(workdir), train_split, workdir)
     roll_call.agree("devices and data", common.fingerprint(train_split, eval_split), config.join_within)
     roll_call.announce(config.batch_size, f"{train_split.name} {train_split.split}", len(train_split))
     options = common.pipeline_options(config)
     detector = common.make_detector(config, classes)
     sharding.check_buckets(mesh, options.buckets, common.STRIDE, detector.coarsest_stride)
-    regions = _regions(config, train_split, eval_split)
+    regions = _regions(config, detector, train_split, eval_split)
     evaluator = Evaluator(detector, mesh, eval_split, options, config.eval_batch_size, regions["eval"])
 
     claim = checkpoint.claim_workdir(workdir) if rank == 0 else contextlib.nullcontext()
@@ -89,12 +91,12 @@ def _train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
             changes = [change for change in changes if change.startswith("model.")]
         order = {"rank": rank, "world": world, "start": first, "proposals": regions["train"]}
         batches = train_batches(train_split, options, config.batch_size, config.seed, config.num_steps, **order)
-        if rank == 0:
+        metrics = _finished(workdir) if first >= config.num_steps else None
+        if rank == 0 and metrics is None:  # of a finished run nothing is done anew: it stays as it was configured
             checkpoint.write_config(workdir, config)
             classes.write(workdir)
-            if first < config.num_steps:  # a run that was finished goes on: those are not its scores any more
-                (path(workdir) / "metrics.json").unlink(missing_ok=True)
-        metrics = _finished(workdir) if first >= config.num_steps else None
+            # If a run that was finished goes on, those are not its scores any more.
+            (path(workdir) / "metrics.json").unlink(missing_ok=True)
         # Saving comes before evaluating: an evaluation of this very step may have been cut short or never have begun.
         again = metrics is None and _evaluates(config, first)
         log = MetricLog(workdir, config.num_steps, first, enabled=rank == 0, evaluates_again=again)
@@ -102,8 +104,10 @@ def _train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
             log.message(_describe(state, sharding.describe(mesh, over), train_split, options, first))
             for line in [*origin, *(f"changed: {change}" for change in changes)]:
                 log.message(line)
-            if first > config.num_steps:
-                log.message(f"warning: the run is at step {first}, num_steps={config.num_steps}: none is left")
+            if metrics is not None and changes:
+                log.message(
+                    f"warning: the run was finished at step {first}, num_steps={config.num_steps}: nothing is done"
+                )
             run = _Run(config, workdir, evaluator, checkpoints, log)
             if again:
                 metrics = run.evaluate(state, first >= config.num_steps)
@@ -190,9 +194,11 @@ class _Run:
         write_json(folder / "metrics.json", metrics)  # that it is there says: finished
 
 
-def _regions(config: ml_collections.ConfigDict, train_split: Split, eval_split: Split) -> dict[str, Any]:
+def _regions(
+    config: ml_collections.ConfigDict, detector: Detector, train_split: Split, eval_split: Split
+) -> dict[str, Any]:
     """The proposals that a Fast R-CNN is trained and tested on, by "train" and "eval"; None for other detectors."""
-    if config.model.detector != "fast_rcnn":
+    if not detector.needs_proposals:
         for key in ("proposals_train", "proposals_eval"):
             if config.data.get(key):
                 raise UserError(
@@ -278,13 +284,14 @@ def _restore(
 
 
 def _position(config: ml_collections.ConfigDict, split: Split, options: PipelineOptions) -> dict[str, Any]:
-    """With the step, the exact place in the data: the batches are a function of these and the step alone."""
+    """With the step, the place in the data: which images a batch has is a function of these and the step alone."""
     return {
         "seed": config.seed,
         "batch_size": config.batch_size,
         "dataset": split.name,
         "split": split.split,
         "images": len(split),
+        "objects (checksum)": split.checksum,
         _BY_BUCKET: bucket_members(split, options),
     }
 
@@ -293,8 +300,8 @@ def _check_same_data(saved: dict[str, Any], wanted: dict[str, Any], workdir: str
     for name, value in wanted.items():
         if saved.get(name, value) != value:
             raise UserError(
-                f"--workdir={workdir} was trained with {name} {saved.get(name)!r}, now it is {value!r}: the order of "
-                "the data would break; set it back, or train into another --workdir"
+                f"--workdir={workdir} was trained with {name} {saved.get(name)!r}, now it is {value!r}: it would go on "
+                "with other data; set it back, or train into another --workdir"
             )
 
 
@@ -331,7 +338,8 @@ def main(argv: Sequence[str]) -> None:
     if sharding.process()[0] == 0:
         print(metrics_table(metrics))
         print(f"scores: {workdir}/metrics.json  curve: {workdir}/curves.png  pictures: ", end="")
-        print(f"{workdir}/eval/{config.data.eval_split}/overview.jpg  TensorBoard: --logdir={workdir}/tensorboard")
+        split = checkpoint.read_config(workdir).data.eval_split
+        print(f"{workdir}/eval/{split}/overview.jpg  TensorBoard: --logdir={workdir}/tensorboard")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ import ml_collections
 
 from fpn_jax.cli import nearest_key
 from fpn_jax.common import flat_values
-from fpn_jax.errors import UserError
+from fpn_jax.errors import UserError, some
+from fpn_jax.models import build_detector
 from fpn_jax.storage import paths
 
 _RUN_KEYS = ("init_from", "data.proposals_train", "data.proposals_eval")  # whose values may be other runs
@@ -18,11 +19,12 @@ _RUN_KEYS = ("init_from", "data.proposals_train", "data.proposals_eval")  # whos
 def changed(
     config: ml_collections.ConfigDict, changes: Mapping[str, Any], where: str, runs: Mapping[str, str] | None = None
 ) -> ml_collections.ConfigDict:
-    """A copy of config with {dotted key: value}; a dict as value takes the place of the whole group.
+    """A copy of config with {dotted key: value}; a dict as value takes the place of a whole part of the model.
 
     runs: {"row:fpn": workdir, ...}, what values that name another run stand for; None leaves them as they
     are. where: the row or stage, for errors.
-    Raises `UserError` for a key that config has not, a value of another type, or a run that is not among `runs`.
+    Raises `UserError` for a key that config has not, a value of another type, a dict for another group than one of the
+    model, whose modules have defaults, or a run that is not among `runs`.
     """
     result = ml_collections.ConfigDict(config.to_dict())
     for key, value in changes.items():
@@ -31,10 +33,12 @@ def changed(
         for group in groups:
             parent = parent[group] if isinstance(parent, ml_collections.ConfigDict) and group in parent else None
         if not isinstance(parent, ml_collections.ConfigDict) or name not in parent:
-            near = nearest_key(config, key)
+            near = nearest_key(result, key)
             hint = f"did you mean {near}?" if near else "the keys are those of the base config"
             raise UserError(f"{where}: the config has no {key}; {hint}")
         if isinstance(value, Mapping):
+            if not key.startswith("model."):
+                raise UserError(f"{where}: {key} is a dict; name each key, as in {key}.{next(iter(value), 'NAME')}")
             del parent[name]
             parent[name] = ml_collections.ConfigDict(dict(value))
             continue
@@ -62,7 +66,7 @@ def _resolved(config: ml_collections.ConfigDict, where: str, runs: Mapping[str, 
 # What may differ between two starts of a run without changing what comes out.
 HARMLESS = (
     *("data.data_dir", "data.cache_dir", "data.num_threads", "data.num_workers", "pictures", "checkpoint_every"),
-    *("mesh.data", "mesh.fsdp", "mesh.space", "mesh.shard_params", "model.backbone.remat", "stages"),
+    *("mesh.data", "mesh.fsdp", "mesh.space", "mesh.shard_params", "model.backbone.remat"),
     *("join_within", "dead_after", "stall_after"),
 )
 
@@ -70,23 +74,26 @@ HARMLESS = (
 def check_unchanged(config: ml_collections.ConfigDict, workdir: str, but: Collection[str] = ()) -> None:
     """Raise a `UserError` that names the first key in which what was begun in workdir differs; `but`: not these.
 
-    Paths to other runs count as the same if they lead to the same folder. Keys that one side lacks came later.
+    Paths to other runs count as the same if they lead to the same folder. Keys that one side lacks have their defaults
+    there: of the model they count if they make another one, others came later.
     """
     path = paths.path(workdir) / "config.json"
     if not path.exists():
         return
     try:
-        before = flat_values(ml_collections.ConfigDict(json.loads(path.read_text())))
+        old = ml_collections.ConfigDict(json.loads(path.read_text()))
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}); remove {workdir} to run it anew") from None
-    now = flat_values(ml_collections.ConfigDict(json.loads(json.dumps(config.to_dict()))))
+    before, now = flat_values(old), flat_values(ml_collections.ConfigDict(json.loads(json.dumps(config.to_dict()))))
+    advice = f"set it back, remove {workdir} to run it anew, or take another --workdir"
     for key in before.keys() & now.keys() - {*HARMLESS, *but}:
         one, other = before[key], now[key]
         same = one == other or (key in _RUN_KEYS and one and other and Path(one).resolve() == Path(other).resolve())
         if not same:
-            raise UserError(
-                f"{workdir} was run with another {key}: {one!r}, now {other!r}; set it back, or take another --workdir"
-            )
+            raise UserError(f"{workdir} was run with another {key}: {one!r}, now {other!r}; {advice}")
+    lacking = sorted(key for key in before.keys() ^ now.keys() if key.startswith("model."))
+    if lacking and build_detector(old.model, 1) != build_detector(config.model, 1):
+        raise UserError(f"{workdir} was run with another model, by {some(lacking)}; {advice}")
 
 
 def references(config: ml_collections.ConfigDict) -> list[str]:

@@ -1,6 +1,7 @@
 """The commands one after another, as a user gives them, on tiny data: what they write and how they refuse."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -162,13 +163,53 @@ def test_a_change_between_two_starts_is_told(trained, tmp_path):
     demo = ["train", "--config=experiments/demo.py", f"--workdir={changed}", *arguments]
     refused = fails_in_one_line(run(*demo, "--config.optim.name=sgd"))
     assert "another architecture" in refused and refused.endswith("(changed: optim.name is 'sgd', was 'adamw')")
-    done = run(*demo, "--config.num_steps=2", "--config.optim.learning_rate=0.25", "--config.pictures=3")
+    asked = ("num_steps=2", "optim.learning_rate=0.25", "pictures=3", "data.eval_split=train")
+    done = run(*demo, *(f"--config.{value}" for value in asked))
     assert done.returncode == 0, done.stderr
     told = [line for line in done.stderr.splitlines() if line.startswith(("changed: ", "warning: "))]
+    assert "changed: data.eval_split is 'train', was 'val'" in told
     assert told[0] == "changed: num_steps is 2, was 3" and told[1].startswith(
         "changed: optim.learning_rate is 0.25, was"
     )
-    assert told[2:] == ["warning: the run is at step 3, num_steps=2: none is left"]
+    assert told[-1] == "warning: the run was finished at step 3, num_steps=2: nothing is done"
+    assert (changed / "config.json").read_bytes() == (workdir / "config.json").read_bytes()
+    assert f"{changed}/eval/val/overview.jpg" in done.stdout  # and not of the split that nothing was scored on
+
+
+def test_a_run_goes_on_with_its_own_classes_and_objects_alone(trained, tmp_path):
+    workdir, arguments, _ = trained
+    copied = tmp_path / "copied"
+    shutil.copytree(workdir, copied)
+    demo = ["train", "--config=experiments/demo.py", f"--workdir={copied}", *arguments, "--config.num_steps=4"]
+    known = json.loads((copied / "classes.json").read_text())
+    (copied / "classes.json").write_text(json.dumps(known | {"names": ["other", *known["names"][1:]]}))
+    (copied / "metrics.json").unlink()  # as if it had been killed
+    data = copied / "checkpoints/3/data/metadata"
+    saved = json.loads(data.read_text())
+    assert re.fullmatch("[0-9a-f]{8}", saved["objects (checksum)"])
+    data.write_text(json.dumps(saved | {"objects (checksum)": "12345678"}))
+    done = run(*demo)
+    assert "was trained with objects (checksum) '12345678', now" in fails_in_one_line(done)
+    assert "warning: scenes has other names for the categories of" in done.stderr and "there 'other'" in done.stderr
+    (copied / "classes.json").write_text(json.dumps({"names": ["a"], "category_ids": [7]}))
+    refused = fails_in_one_line(run(*demo))
+    assert "was trained on 1 classes with ids [7]" in refused
+    assert f"--config.init_from={copied} --config.init_reset_classes=True takes all other weights" in refused
+
+
+def test_a_picture_that_fits_no_bucket_is_told_beside_the_others(trained, tmp_path):
+    workdir, *_ = trained
+    copied = tmp_path / "copied"
+    shutil.copytree(workdir, copied)
+    config = json.loads((copied / "config.json").read_text())
+    config["data"]["buckets"] = [[32, 64]]
+    (copied / "config.json").write_text(json.dumps(config))
+    (tmp_path / "in").mkdir()
+    cv2.imwrite(str(tmp_path / "in/tall.png"), np.zeros((90, 30, 3), np.uint8))
+    cv2.imwrite(str(tmp_path / "in/wide.png"), np.zeros((30, 90, 3), np.uint8))
+    error = fails_in_one_line(run("predict", f"--workdir={copied}", f"--output={tmp_path}/out", tmp_path / "in"))
+    assert "in/tall.png: the image: 90 x 30 pixels" in error and error.endswith("the others are done")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["detections.json", "wide.jpg"]
 
 
 def test_other_scores_than_the_trainings_have_folders_of_their_own(trained, tmp_path):

@@ -18,8 +18,9 @@ from fpn_jax.data.proposals import read
 from fpn_jax.errors import UserError
 from fpn_jax.propose import propose
 from fpn_jax.report import report
+from fpn_jax.stages import train_stages
 from fpn_jax.training import checkpoint, sharding
-from fpn_jax.variants import changed, difference
+from fpn_jax.variants import changed, check_unchanged, difference
 
 ROOT = Path(__file__).parent.parent
 
@@ -79,8 +80,10 @@ def test_a_sweep_runs_its_rows_once_and_the_report_reads_them(tmp_path, base, ca
 
     plan = (tmp_path / "sweep" / "plan.json").read_bytes()
     config.base.num_steps = 7
-    with pytest.raises(UserError, match=r"fpn/seed0 was run with another num_steps: 6, now 7; set it back, or take"):
+    with pytest.raises(UserError, match=r"fpn/seed0 was run with another num_steps: 6, now 7; set it back, remove"):
         sweep.sweep(config, workdir, 1, ["fpn"])
+    with pytest.raises(UserError, match=r"fpn/seed0 was run with another num_steps"):  # its scores would be compared
+        sweep.sweep(config, workdir, 1, ["bottom_up"])
     assert (tmp_path / "sweep" / "plan.json").read_bytes() == plan
     config.base.num_steps = 6
     monkeypatch.chdir(tmp_path)  # the same folders, called otherwise
@@ -88,19 +91,41 @@ def test_a_sweep_runs_its_rows_once_and_the_report_reads_them(tmp_path, base, ca
     assert "fast, seed 0: finished before" in capsys.readouterr().out
 
 
-def test_what_needs_a_failed_row_is_not_run(tmp_path, base, capsys):
+def test_what_needs_a_failed_row_is_not_run(tmp_path, base, capsys, monkeypatch):
     """Its proposals would be those of a run that is not finished, and never be made anew."""
+
+    def fails(config, workdir):
+        raise UserError("step 3: the loss is not finite")
+
+    monkeypatch.setattr(sweep, "train", fails)
     base.data.proposals_train = base.data.proposals_eval = "row:rpn"  # said in the base, not in the row
     on_rpn = {"model.detector": "fast_rcnn"}
     rpn = {"name": "rpn", "changes": {"data.proposals_train": "", "data.proposals_eval": ""}, "in_table": False}
     config = ablation(base, rpn, {"name": "fast", "changes": on_rpn}, baseline="fast")
-    failed = pytest.raises(UserError, match="2 runs failed: rpn, seed 0; fast, seed 0")
-    with checkpoint.claim_workdir(str(tmp_path / "rpn" / "seed0")), failed:
+    with pytest.raises(UserError, match="2 runs failed: rpn, seed 0; fast, seed 0"):
         sweep.sweep(config, str(tmp_path), 1, ["fast"])
     errors = capsys.readouterr().err
-    assert "error: rpn, seed 0:" in errors and "is in use by process" in errors
+    assert "error: rpn, seed 0: step 3: the loss is not finite" in errors
     assert "error: fast, seed 0: row rpn failed, whose run it needs" in errors
     assert not (tmp_path / "fast").exists()
+
+
+def test_a_row_that_another_job_runs_is_waited_for(tmp_path, base, capsys, monkeypatch):
+    """As two jobs do that need the same row."""
+    monkeypatch.setattr(sweep, "_POLL", 0.0)
+    other, tries = checkpoint.claim_workdir(str(tmp_path / "run")), []
+
+    def train(config, workdir):
+        tries.append(workdir)
+        if len(tries) == 3:
+            other.close()
+        checkpoint.claim_workdir(workdir).close()
+
+    monkeypatch.setattr(sweep, "train", train)
+    assert sweep._run(base, str(tmp_path / "run"), "rpn", 0, {"commit": "abc"}) is None
+    out = capsys.readouterr().out
+    assert len(tries) == 3 and out.count("waiting for it") == 1 and "rpn, seed 0: finished in" in out
+    assert json.loads((tmp_path / "run/made_by.json").read_text()) == {"commit": "abc"}
 
 
 @pytest.mark.slow
@@ -224,6 +249,17 @@ def test_nms_sees_as_many_as_are_asked_for(tmp_path, base, monkeypatch, before, 
             r"row fpn: model.rpn.levels .* no level 7",
         ),
         (({"name": "fpn", "changes": FAST},), r"row fpn: data.proposals_train names row 'fpn', which must come before"),
+        *(
+            (({"name": "fpn", "changes": {key: value}},), f"row fpn: {message}")
+            for key, value, message in (
+                ("data.eval_split", "train", "data.eval_split is changed, but rows are compared at the same"),
+                ("seed", 7, "seed is changed, but rows are compared at the same; set --config.base.seed"),
+                ("optim.name", "lion", "optim.name is 'lion'; choose one of sgd, adamw"),
+                ("optim.schedule", "poly", "optim.schedule is 'poly'; choose one of step, cosine, constant"),
+                ("optim", {"name": "sgd"}, "optim is a dict; name each key, as in optim.name"),
+                ("data.shorter", None, "data.shorter is None: None is not a number"),
+            )
+        ),
         (({"name": "other", "changes": {}},), r"baseline is 'fpn'; choose one of the rows other"),
     ],
 )
@@ -264,6 +300,28 @@ def test_changes_leave_the_base_and_take_whole_groups(base):
     assert resolved.init_from == "/some/where"
     with pytest.raises(UserError, match="row: init_from is 'stage:2'; name one that comes before: stage:1"):
         changed(base, {"init_from": "stage:2"}, "row", {"stage:1": "/some/where"})
+
+
+def test_what_is_missing_here_or_there_has_its_default(base, tmp_path):
+    """A dict for a part of the model has fewer keys than the base: what they would say may differ all the same."""
+    group = {key: value for key, value in base.model.neck.to_dict().items() if key in ("name", "channels")}
+    checkpoint.write_config(str(tmp_path), changed(base, {"model.neck": group}, "row"))
+    check_unchanged(base, str(tmp_path))
+    with pytest.raises(UserError, match=r"was run with another model, by model\.neck\.\w+, .*; set it back, remove"):
+        check_unchanged(changed(base, {"model.neck.lateral": False}, "row"), str(tmp_path))
+    stages = {"stages": ({"name": "one", "changes": {"num_steps": 999}},)}
+    with pytest.raises(UserError, match="was run with another stages"):
+        check_unchanged(changed(base, stages, "row"), str(tmp_path))
+    with pytest.raises(UserError, match=r"no model\.neck\.levels; did you mean (?!model\.neck\.levels)"):
+        changed(base, {"model.neck": {"name": "fpn", "channels": 8}, "model.neck.levels": (2,)}, "row")
+
+
+def test_a_workdir_stays_what_its_stages_made_of_it(base, tmp_path):
+    base.stages = ({"name": "one", "changes": {}},)
+    checkpoint.write_config(str(tmp_path), base)
+    base.stages = (*base.stages, {"name": "two", "changes": {}})
+    with pytest.raises(UserError, match=r"was made of the stages one, now config\.stages has one, two; set them back"):
+        train_stages(base, str(tmp_path), lambda config, workdir: pytest.fail("a stage was trained"))
 
 
 def test_the_readmes_own_ablation_is_one(tmp_path):

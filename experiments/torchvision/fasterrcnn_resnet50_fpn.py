@@ -1,4 +1,4 @@
-"""torchvision's fasterrcnn_resnet50_fpn, exactly: its preprocessing, its semantics, its 91 class slots, its schedule.
+"""torchvision's fasterrcnn_resnet50_fpn: exactly its preprocessing, its semantics, its 91 class slots, its schedule.
 
     python -m fpn_jax.convert --from=torchvision://fasterrcnn_resnet50_fpn/COCO_V1 --workdir=runs/tv_r50
     python -m fpn_jax.evaluate --workdir=runs/tv_r50

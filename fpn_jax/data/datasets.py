@@ -6,10 +6,12 @@ the evaluator, without opening a record. It is made by one pass over the records
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import re
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -116,6 +118,12 @@ class Split:
     def max_objects(self) -> int:
         """The most objects that any image has, crowds not counted."""
         return int(self.num_objects.max(initial=0))
+
+    @property
+    def checksum(self) -> str:
+        """Of all objects: their boxes, labels and whether they are crowds."""
+        parts = (self.index.offsets, self.index.bbox_xyxy, self.index.label, self.index.iscrowd)
+        return f"{functools.reduce(lambda crc, part: zlib.crc32(np.ascontiguousarray(part), crc), parts, 0):08x}"
 
     def objects(self, i: int) -> dict[str, np.ndarray]:
         """Objects of image i: boxes float32 [m 4] (pixels, clipped), labels int32 [m], crowd bool [m]."""

@@ -2,7 +2,16 @@
 
 To add a neck: write a module {l: C_l} -> {l: P_l} in `fpn_jax/models/necks/`, put it into NECKS, and say
 `config.model.neck.name = "yours"`; the other keys of `config.model.neck` become its attributes. Its
-`output_levels(received)` tells the levels it gives. Backbones and box heads alike.
+`output_levels(received)` tells the levels it gives. So that `evaluate` and all other commands know it, it is imported
+here, not by the experiment's file. The same with
+
+* backbones, images [b h w 3] -> {l: C_l}, and `output_levels()`; `frozen_prefixes` are the beginnings of the names of
+  parameters that are not trained, where there are some;
+* box heads, with the attributes `num_classes` and `background`: (RoI features [b r h w c], train, levels of the RoIs
+  [b r]) -> what `heads.box.BoxHead` gives.
+
+Each is made with a `dtype` to compute in. A loss of another kind is a name for a field of RPNSettings or BoxSettings, a
+branch in their losses (`heads/rpn.py`, `heads/box.py`), and a line in CHOICES.
 """
 
 import dataclasses
@@ -287,7 +296,7 @@ def _fields(key: str, cls: type, values: Mapping[str, Any], given: Collection[st
             raise UserError(f"{key}.{name} follows from the rest of config.model; remove it")
         if name not in known:
             raise UserError(f"{key}.{name}: {cls.__name__} has no such attribute")
-        if name in CHOICES:
+        if name in CHOICES and cls.__module__.startswith(f"{__name__}."):  # a module of one's own has names of its own
             _choose(f"{key}.{name}", dict.fromkeys(CHOICES[name]), values[name])
         if f"{key}.{name}" in NUMBERS:
             _check_number(f"{key}.{name}", _frozen(values[name]), COUNTS.get(name, 0))

@@ -37,6 +37,7 @@ class Detector(nn.Module, kw_only=True):
     dtype: Any = jnp.float32
 
     class_agnostic: ClassVar[bool] = False  # whether it only tells where objects are
+    needs_proposals: ClassVar[bool] = False  # whether its batches must come with regions
 
     def features(self, image: jax.Array, size: jax.Array, train: bool = False) -> dict[int, jax.Array]:
         """RGB image [b h w 3], size [b 2] -> the pyramid {l: P_l}. h and w are multiples of the coarsest C's stride."""
@@ -59,7 +60,7 @@ class Detector(nn.Module, kw_only=True):
     def frozen(self) -> tuple[tuple[str, ...], ...]:
         """Beginnings of parameter paths that are not trained, such as ("backbone", "stem_")."""
         parts = tuple((part,) for part in self.frozen_parts)
-        return (*parts, *(("backbone", prefix) for prefix in self.backbone.frozen_prefixes))
+        return (*parts, *(("backbone", prefix) for prefix in getattr(self.backbone, "frozen_prefixes", ())))
 
 
 def image_keys(key: jax.Array, count: int, streams: int) -> jax.Array:

@@ -1,5 +1,7 @@
 """Fast R-CNN (Girshick, arXiv 1504.08083) on a feature pyramid, with proposals that come with the images."""
 
+from typing import ClassVar
+
 import flax.linen as nn
 import jax
 
@@ -18,6 +20,8 @@ class FastRCNN(Detector, kw_only=True):
 
     box_head: nn.Module
     box_settings: box.BoxSettings = box.BoxSettings()
+
+    needs_proposals: ClassVar[bool] = True
 
     @property
     def counted_levels(self) -> dict[str, tuple[int, ...]]:

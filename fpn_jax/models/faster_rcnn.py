@@ -14,6 +14,7 @@ class FasterRCNN(RPN, FastRCNN, kw_only=True):
     """Two-stage detector: both heads read one pyramid and are trained together."""
 
     class_agnostic: ClassVar[bool] = False
+    needs_proposals: ClassVar[bool] = False
 
     @property
     def counted_levels(self) -> dict[str, tuple[int, ...]]:

@@ -24,7 +24,8 @@ Init = nn.initializers.Initializer
 _WINOGRAD_FROM = 100 * 160 * 256 * 256
 
 he_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al. 2015, eq. 14
-lecun_uniform = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")  # layers without a ReLU behind them
+# Both frameworks' in the neck, detectron2's in the box head, where torchvision leaves torch's default.
+lecun_uniform = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
 
 
 @jax.custom_vjp

@@ -172,7 +172,7 @@ def abstract_batch(
 ) -> Batch:
     """Shapes of a training batch as the input pipeline would make it."""
     like, b = jax.ShapeDtypeStruct, config.batch_size
-    regions = config.data.max_proposals[0] if config.model.detector == "fast_rcnn" else None
+    regions = config.data.max_proposals[0] if detector.needs_proposals else None
     return Batch(
         image=like((b, *bucket, 3), jnp.dtype(config.data.pixels)),
         size=like((b, 2), jnp.int32),

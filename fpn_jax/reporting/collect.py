@@ -56,7 +56,7 @@ def label(metric: str) -> str:
 
 @dataclass(frozen=True)
 class Run:
-    """One seed of a row. All but curves and progress are of a finished run, else None and {}."""
+    """One seed of a row. All but curves and progress are of a finished run, else None, False and {}."""
 
     seed: int
     metrics: dict[str, Any] | None
@@ -65,6 +65,8 @@ class Run:
     shares: dict[tuple[str, str], dict[int, float]]  # {key of LEVEL_COUNTS: {level: percent of the count}}
     curves: dict[str, dict[int, float]]  # {metric: {step: percent}} of the evaluations so far
     progress: str  # "finished", "not started", "under way" or "step 300"
+    analysed: bool  # whether there are errors, octaves and shares
+    made_by: dict[str, Any]  # {"command", "commit", "date", "jax", ...} of the sweep that ran it last; {} if unknown
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class Sweep:
     dataset: str
     split: str
     seeds: tuple[int, ...]
-    environment: dict[str, Any]
+    environment: dict[str, Any]  # of the last call of the sweep
     baseline: str
     rows: tuple[Row, ...]
 
@@ -123,7 +125,8 @@ class Sweep:
     @property
     def metrics(self) -> Scores:
         """What this kind of detector is measured by."""
-        return _PROPOSALS if self.detector == "rpn" else _DETECTIONS
+        scored = [run.metrics for row in self.rows for run in row.finished if run.metrics and row.in_table]
+        return _PROPOSALS if any("AR1000" in metrics for metrics in scored) else _DETECTIONS
 
     @property
     def baseline_row(self) -> Row:
@@ -140,7 +143,7 @@ def read_sweep(folder: str | Path, baseline: str | None = None) -> Sweep:
     path = folder / "plan.json"
     if not path.is_file():
         raise UserError(f"{folder} has no plan.json; give the folder of a sweep, which python -m fpn_jax.sweep makes")
-    plan = _read_object(path)
+    plan = _read_object(path, "run fpn_jax.sweep again")
     try:
         sweep = _sweep(folder, plan, baseline)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -191,20 +194,24 @@ def _run(workdir: Any, seed: int, split: str) -> Run:
     finished = scores.is_file()
     curves, last_step = _read_curves(workdir / "metrics.jsonl")
     progress = f"step {last_step}" if last_step else "under way" if workdir.is_dir() else "not started"
-    found = _read_object(analysis) if finished and analysis.is_file() else {}
+    anew = f"delete it and {scores}, and run fpn_jax.sweep again, which scores the run anew"
+    found = _read_object(analysis, anew) if finished and analysis.is_file() else {}
+    made_by = workdir / "made_by.json"
     try:
         return Run(
             seed=seed,
-            metrics=_read_object(scores) if finished else None,
+            metrics=_read_object(scores, "delete it and run fpn_jax.sweep again") if finished else None,
             errors=_percent((found.get("errors") or {}).get("dAP") or {}),
             octaves={(octave["from"] or 0, octave["to"]): octave for octave in found.get("octaves") or []},
             shares={key: _shares((found.get("levels") or {}).get(key[0]) or {}, key[1]) for key in LEVEL_COUNTS},
             curves=curves,
             progress="finished" if finished else progress,
+            analysed=bool(found),
+            made_by=_read_object(made_by, "delete it") if finished and made_by.is_file() else {},
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         what = f"{type(error).__name__}: {error}"
-        raise UserError(f"{analysis} is no analysis of a run ({what}); delete it and run fpn_jax.sweep again") from None
+        raise UserError(f"{analysis} is no analysis of a run ({what}); {anew}") from None
 
 
 def _shares(counted: dict[str, Any], what: str) -> dict[int, float]:
@@ -216,13 +223,13 @@ def _shares(counted: dict[str, Any], what: str) -> dict[int, float]:
     return {level: 100.0 * n / total for level, n in zip(counted["levels"], counts, strict=True)} if total else {}
 
 
-def _read_object(path: Any) -> dict[str, Any]:
+def _read_object(path: Any, remedy: str) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read ({error}); delete it and run what writes it again") from None
+        raise UserError(f"{path} cannot be read ({error}); {remedy}") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object; delete it and run what writes it again")
+        raise UserError(f"{path} holds no JSON object; {remedy}")
     return value
 
 
@@ -242,7 +249,7 @@ def _read_curves(path: Any) -> tuple[dict[str, dict[int, float]], int]:
             values = json.loads(line)
             last_step = int(values["step"])
         except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path}: line {number} is no line of metrics; delete it and run fpn_jax.sweep") from None
+            raise UserError(f"{path}: line {number} is no line of metrics; delete that line") from None
         for key, value in values.items():
             if key.startswith("eval/") and (score := _number(value)) is not None:
                 curves.setdefault(key.removeprefix("eval/"), {})[last_step] = 100.0 * score

@@ -72,16 +72,33 @@ def _what_was_run(sweep: Sweep) -> list[Block]:
     metrics = next(run.metrics for row in sweep.table_rows for run in row.finished)
     counted = {"images": metrics.get("num_images"), "objects": metrics.get("num_objects")}
     size = ", ".join(f"{count:,} {what}" for what, count in counted.items() if count is not None)
+    lacking = ", ".join(f"{row.name} seed {r.seed}" for row in sweep.rows for r in row.finished if not r.analysed)
     lines = [
-        f"Command: `{sweep.command}`" if sweep.command else "",
+        *_made_by(sweep),
         f"Detector: {sweep.detector}",
         f"Scored on: data set {sweep.dataset}, split {sweep.split}" + (f" ({size})" if size else ""),
         f"Seeds: {', '.join(map(str, sweep.seeds))}",
-        f"Made with: {_environment(sweep.environment)}" if sweep.environment else "",
         f"Not finished: {_unfinished(sweep) or 'nothing'}",
+        f"Without analysis: {lacking} (delete metrics.json of these runs and run the sweep again)" if lacking else "",
     ]
     description = [Text(sweep.description)] if sweep.description else []
     return [*description, Bullets(tuple(line for line in lines if line))]
+
+
+def _made_by(sweep: Sweep) -> list[str]:
+    """The command and what it ran on; of each, where the runs were made by several."""
+    runs: dict[tuple[str, str], list[str]] = {}
+    for row in sweep.rows:
+        for run in row.finished:
+            made = dict(run.made_by) or {"command": sweep.command, **sweep.environment}
+            command = made.pop("command", "")
+            runs.setdefault((command, _environment(made)), []).append(f"{row.name} seed {run.seed}")
+    lines = []
+    for (command, environment), of in runs.items():
+        what = f" of {', '.join(of)}" if len(runs) > 1 else ""
+        lines += [f"Command{what}: `{command}`"] if command else []
+        lines += [f"Made with{what}: {environment}"] if environment else []
+    return lines
 
 
 def _environment(environment: Mapping[str, Any]) -> str:

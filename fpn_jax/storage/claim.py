@@ -13,7 +13,7 @@ import threading
 import time
 from typing import Any
 
-from fpn_jax.errors import UserError
+from fpn_jax.errors import InUseError, UserError
 from fpn_jax.storage import paths
 
 RENEWED = 10.0  # seconds between two writes
@@ -81,9 +81,9 @@ class RemoteClaim:
                 raise self._in_use(now)
         return found
 
-    def _in_use(self, blob: Any) -> UserError:
+    def _in_use(self, blob: Any) -> InUseError:
         holder = _read(blob) if blob is not None else {}
-        return UserError(
+        return InUseError(
             f"--workdir={self.workdir} is in use by process {holder.get('pid', '?')} of {holder.get('host', '?')}; "
             "wait for it, stop it, or give another folder"
         )

@@ -23,7 +23,7 @@ import ml_collections
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 
-from fpn_jax.errors import UserError
+from fpn_jax.errors import InUseError, UserError
 from fpn_jax.storage import paths
 from fpn_jax.storage.claim import RemoteClaim, check_held
 from fpn_jax.training.sharding import replicated_beside
@@ -210,7 +210,7 @@ def claim_workdir(workdir: str) -> IO[str] | RemoteClaim:
     """Lock the workdir for training. Keep the result: the lock lasts as long as it does.
 
     On this machine the lock goes with the process, however that ends, so a killed run leaves no stale one. On gs:// see
-    `fpn_jax.storage.claim`. Raises `UserError` if another process trains there.
+    `fpn_jax.storage.claim`. Raises `InUseError` if another process trains there.
     """
     if paths.is_remote(workdir):
         return RemoteClaim(workdir)
@@ -223,7 +223,7 @@ def claim_workdir(workdir: str) -> IO[str] | RemoteClaim:
         lock.seek(0)
         holder = lock.read().strip() or "?"
         lock.close()
-        raise UserError(
+        raise InUseError(
             f"--workdir={workdir} is in use by process {holder}; wait for it, stop it, or give another folder"
         ) from None
     lock.truncate(0)

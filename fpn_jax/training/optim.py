@@ -68,9 +68,9 @@ def make_optimizer(
     }
     if optim["name"] not in rules:
         raise UserError(f"optim.name is {optim['name']!r}; choose one of {', '.join(rules)}")
-    rule = rules[optim["name"]]
-    if optim["clip_norm"]:
-        rule = optax.chain(optax.clip_by_global_norm(optim["clip_norm"]), rule)
+    # A place is kept for clipping, so that a run may begin to clip when it goes on.
+    clip = optax.clip_by_global_norm(optim["clip_norm"]) if optim["clip_norm"] else optax.identity()
+    rule = optax.chain(clip, rules[optim["name"]])
     labels = tree_of_paths(params, lambda path, x: "frozen" if is_frozen(path, frozen) else "trained")
     return optax.multi_transform({"trained": rule, "frozen": optax.set_to_zero()}, labels)
 
