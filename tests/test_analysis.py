@@ -182,6 +182,25 @@ def test_as_hotcoco_where_it_is_right(seed):
     assert ours["dAP"] == pytest.approx(theirs["delta_ap"], abs=1e-12)
 
 
+HALF_A, TENTH_A = [0, 0, 40, 20], [0, 0, 40, 4]  # IoU with A: exactly 0.5 and 0.1
+
+
+@pytest.mark.parametrize(
+    ("detections", "kind"),
+    [
+        ([(1, 0.9, TENTH_A)], "Loc"),
+        ([(1, 0.9, A), (1, 0.8, HALF_A)], "Loc"),  # and no Dupe
+        ([(2, 0.9, HALF_A)], "Cls"),
+        ([(2, 0.9, TENTH_A)], "Bkg"),
+    ],
+)
+def test_the_ends_of_the_ious_belong_to_the_kinds_that_tide_gives_them_to(detections, kind):
+    case = scene([(1, A)], detections)
+    count, theirs = analysis.error_types(*case)["count"], hotcoco_errors(*case)["counts"]
+    assert [name for name in analysis.FALSE_KINDS if count[name]] == [kind]
+    assert {name: count[name] for name in theirs} == theirs
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_errors_add_up(seed):
     ground_truth, results = random_case(np.random.default_rng(seed))
