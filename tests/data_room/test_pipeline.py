@@ -106,6 +106,13 @@ def test_an_image_looks_different_in_every_epoch():
     assert len({batch["index"].tobytes() for batch in batches}) > 1
 
 
+def test_all_sizes_are_drawn_equally_often():
+    split = make_split(30, sizes=((24, 24),))
+    batches = take(train_batches(split, options(shorter=(12, 20, 16, 18)), 5, seed=0), 48)
+    sizes, counts = np.unique(np.concatenate([batch["size"][:, 0] for batch in batches]), return_counts=True)
+    assert sizes.tolist() == [12, 16, 18, 20] and (abs(counts - 60) < 20).all()  # 3 standard deviations
+
+
 @pytest.mark.parametrize(("flip", "mirrored"), [(0.0, False), (1.0, True)])
 def test_flip_is_a_probability(flip, mirrored):
     split = make_split(6)
@@ -239,7 +246,9 @@ def test_the_data_set_sets_the_number_of_boxes(most, padded):
 def test_of_too_many_objects_the_largest_stay_and_it_is_told_once(capsys):
     split = make_split(5, objects=lambda i: 2 + i)
     boxes = split.index.bbox_xyxy
-    boxes[:, 2] = boxes[:, 0] + np.random.default_rng(0).permutation(len(boxes)) + 1  # sizes without ties
+    rng = np.random.default_rng(0)
+    for axis in (0, 1):  # so that the widest, the tallest and the largest are others; no areas tie
+        boxes[:, axis + 2] = boxes[:, axis] + rng.permutation(len(boxes)) + 1
     batches = list(train_batches(split, options(max_objects=3, flip=0.0, shorter=(20,)), 1, seed=0, num_steps=5))
     line = "fake train: 3 images have more than data.max_objects = 3 objects; their 6 smallest are not trained on"
     assert capsys.readouterr().err == f"warning: {line}\n"

@@ -172,6 +172,12 @@ def test_flipping_boxes_twice_changes_nothing_and_none_are_no_problem():
         ((256,), 320, ((256, 320), (320, 256), (256, 256))),
         ((64,), 64, ((64, 64),)),
         ((600,), 400, ((416, 416),)),
+        ((800, 640), 1333, ((800, 1344), (1344, 800), (800, 1088), (1088, 800))),  # in any order
+        # An eighth of 1024 less is still worth a bucket, anything nearer is not: 4:3, then a square, then none.
+        ((672,), 1024, ((672, 1024), (1024, 672), (672, 896), (896, 672))),
+        ((673,), 1024, ((704, 1024), (1024, 704), (704, 704))),
+        ((896,), 1024, ((896, 1024), (1024, 896), (896, 896))),
+        ((897,), 1024, ((928, 1024), (1024, 928))),
     ],
 )
 def test_default_buckets(shorter, longest, expected):
