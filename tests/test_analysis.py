@@ -139,6 +139,14 @@ def test_a_crowd_hides_what_is_half_inside_and_nothing_else(box, counts):
     assert (alone["AP50"], alone["count"]) == (None, dict.fromkeys(analysis.ERRORS, 0) | counts)
 
 
+def test_what_lies_on_a_crowd_finds_no_object():
+    """COCO matches it with the crowd all the same; taken for a hit it would find the only object."""
+    errors = analysis.error_types(
+        *scene([(1, A), (1, [100, 100, 100, 100])], [(1, 0.9, [95, 150, 20, 20])], crowds=(1,))
+    )
+    assert (errors["AP50"], errors["dAP"]["FP"]) == (0.0, 0.0)
+
+
 @pytest.mark.parametrize(
     ("objects", "detections", "ap50", "without"),
     [
@@ -295,6 +303,12 @@ def test_an_object_on_a_border_is_counted_once_in_the_octave_above(side, low, hi
     assert scores == pytest.approx(row | found)
     assert analysis.by_octave(ground_truth, results, True) == [row | {"AR100": 1.0, "AR1000": 1.0}]
     assert analysis.by_octave(ground_truth, [], False) == [row | dict.fromkeys(found, 0.0)]
+
+
+def test_proposals_are_asked_up_to_the_thousandth():
+    ground_truth, results = scene([(1, A)], [(1, 0.9, NOWHERE)] * 999 + [(1, 0.8, A)])
+    rows = [analysis.by_octave(ground_truth, first + results, True)[0] for first in ([], results[:1])]
+    assert [(row["AR100"], row["AR1000"]) for row in rows] == [(0.0, 1.0), (0.0, 0.0)]
 
 
 @pytest.mark.parametrize("proposals", [False, True])

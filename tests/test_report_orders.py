@@ -78,3 +78,7 @@ def test_an_interval_that_ends_at_zero_does_not_exclude_it(interval, excludes):
 
 def test_differences_come_in_the_order_of_the_seeds():
     assert statistics.paired({8: 1.0, 1: 2.0}, {8: 0.0, 1: 0.0}).each == (2.0, 1.0)
+
+
+def test_a_ranking_calls_equal_only_what_is():
+    assert statistics.ranking({"a": 5.01, "b": 5.04, "c": 5.01}) == "b 5.0 > a 5.0 = c 5.0"

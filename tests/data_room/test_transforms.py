@@ -1,5 +1,6 @@
 """Resizing has torchvision's sizes, pixels and boxes; buckets hold what they are given."""
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -37,6 +38,7 @@ def test_rounded_sizes_are_detectron2s():
     sides = np.random.default_rng(0).integers(20, 2000, (500, 2))
     expected = [detectron2_size(h, w, 800, 1333) for h, w in sides.tolist()]
     np.testing.assert_array_equal(np.stack(resized_size(*sides.T, 800, 1333, "round"), 1), expected)
+    assert resized_size(4, 10, 5, 100, "round") == detectron2_size(4, 10, 5, 100) == (5, 13)  # 12.5
 
 
 def test_extreme_sizes_keep_a_pixel():
@@ -133,10 +135,21 @@ def test_area_averages_what_it_shrinks():
     resize_into(canvas, image, (6, 8), "area", flip=False)
     expected = image.reshape(6, 4, 8, 4, 3).mean((1, 3))
     assert np.abs(canvas - expected).max() <= 0.51
-    large = [np.zeros((50, 70, 3), np.uint8) for _ in range(2)]
-    for canvas, interpolation in zip(large, ("area", "linear"), strict=True):
-        resize_into(canvas, image, (50, 70), interpolation, flip=False)
-    np.testing.assert_array_equal(*large)
+    for size in ((50, 70), (50, 16), (12, 70)):  # grows, if only one way
+        grown = np.zeros((2, *size, 3), np.uint8)
+        for canvas, interpolation in zip(grown, ("area", "linear"), strict=True):
+            resize_into(canvas, image, size, interpolation, flip=False)
+        np.testing.assert_array_equal(*grown)
+
+
+@pytest.mark.parametrize("pixels", [np.uint8, np.float32])
+def test_resizing_leaves_opencvs_switches_as_they_were(pixels):
+    def switches():
+        return cv2.ipp.useIPP(), cv2.ipp.useIPP_NotExact()
+
+    before = switches()
+    resize_into(np.zeros((6, 8, 3), pixels), np.zeros((12, 16, 3), np.uint8), (6, 8), "linear", flip=False)
+    assert switches() == before
 
 
 @pytest.mark.parametrize("interpolation", ["linear", "area", "antialias"])
