@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fpn_jax.models.backbones.mobilenet import MobileNetV3
 from fpn_jax.models.backbones.resnet import ResNet
 from fpn_jax.models.layers import Conv, conv_norm, plus_by_product
 from fpn_jax.models.necks.fpn import FPN
@@ -77,6 +78,25 @@ def test_norms_run_and_frozen_stages_get_no_gradient(norm):
     }
     live = {name for name in stats if not name.startswith(("stem_", "stage2_"))}
     assert moved == (live if norm == "bn" else set())
+
+
+@pytest.mark.parametrize(("stages", "layers"), [(0, 0), (1, 2), (2, 4)])  # up to the block that makes the next level
+def test_frozen_layers_of_a_mobilenet_keep_their_weights_and_statistics(stages, layers):
+    net = MobileNetV3(levels=(3,), norm="bn", frozen_stages=stages)
+    x = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
+    variables = jax.jit(net.init)(jax.random.key(0), x)
+    stats = variables["batch_stats"]
+
+    def loss(params):
+        features, updated = net.apply({"params": params, "batch_stats": stats}, x, train=True, mutable=["batch_stats"])
+        return (features[3] ** 2).sum(), updated["batch_stats"]
+
+    grads, updated = jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
+    moved = jax.tree.map(lambda a, b: a - b, stats, updated)
+    frozen = ("stem_", "block01", "block02", "block03")[:layers]
+    for tree in (grads, moved):
+        for name, of_layer in tree.items():
+            assert all(np.any(x) != name.startswith(frozen) for x in jax.tree.leaves(of_layer)), name
 
 
 @pytest.mark.parametrize(("in_1x1", "strided"), [(False, 4), (True, 1)])  # the stem, and three 3x3
