@@ -1,4 +1,6 @@
+import errno
 import functools
+import json
 import shutil
 import threading
 import zipfile
@@ -48,6 +50,25 @@ def test_a_split_finds_its_own_images_first(tmp_path):
     assert (train.images.read("003.jpg"), val.images.read("003.jpg")) == (b"of train", b"of val")
 
 
+def test_images_are_looked_for_from_the_splits_own_folder_outwards(tmp_path):
+    write_json(tmp_path / "annotations" / "instances_train.json", content())
+    folders = [tmp_path / name for name in ("images/train", "train", "images", "annotations", ".")]
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "003.jpg").write_text(str(folder))
+    for folder in folders:
+        (files,) = coco_files.folder_splits(tmp_path)
+        assert files.images.read("003.jpg").decode() == str(folder)
+        (folder / "003.jpg").unlink()
+    assert coco_files.FolderImages([tmp_path / "no", tmp_path]).looked_in() == str(tmp_path)
+
+
+def test_annotations_in_their_own_folder_come_first(tmp_path):
+    for name in ("instances_old.json", "annotations/instances_new.json"):
+        write_json(tmp_path / name, content())
+    assert [files.split for files in coco_files.folder_splits(tmp_path)] == ["new"]
+
+
 def test_folders_that_are_not_there_or_have_no_annotations(tmp_path):
     with pytest.raises(UserError, match=r"--source=.*/none: no such folder; give a COCO-format folder, coco/2017 or"):
         coco_files.folder_splits(tmp_path / "none")
@@ -62,6 +83,20 @@ def test_split_names_that_tfds_cannot_take(tmp_path):
         write_json(root / f"instances_{name}.json", content())
         with pytest.raises(UserError, match=r"instances_.*: .* cannot be the name of a split; rename the file"):
             coco_files.folder_splits(root)
+
+
+def test_a_split_may_begin_with_all(tmp_path):
+    write_json(tmp_path / "instances_all_of_it.json", content())
+    assert [files.split for files in coco_files.folder_splits(tmp_path)] == ["all_of_it"]
+
+
+def test_half_of_coco_2017_is_a_folder_like_any_other(tmp_path):
+    for split in ("val2017", "mine"):
+        write_json(tmp_path / f"instances_{split}.json", content())
+    assert [files.split for files in coco_files.folder_splits(tmp_path)] == ["mine", "val2017"]
+    assert not coco_files.is_coco_2017(tmp_path)
+    write_json(tmp_path / "instances_train2017.json", content())
+    assert coco_files.is_coco_2017(tmp_path)
 
 
 def _coco_2017(root):
@@ -135,6 +170,46 @@ def test_failing_downloads_are_one_line(tmp_path, mirror, monkeypatch):
     with pytest.raises(UserError, match=r"^http://127.0.0.1:9: the download failed"):
         prepare("coco/2017", tmp_path / "data", coco_url="http://127.0.0.1:9")
     assert not (tmp_path / "data" / "coco").exists()
+
+
+def test_archives_are_fetched_smallest_first_and_each_split_reads_its_own_annotations(tmp_path, monkeypatch):
+    unpacked, asked = _coco_2017(tmp_path / "unpacked"), []
+    write_json(unpacked / "annotations" / "instances_val2017.json", {"of": "val"})
+
+    def download(manager, url):
+        asked.append(url.removeprefix("http://here/"))
+        archive = tmp_path / asked[-1]
+        _zip(unpacked, archive, "annotations" if "annotations" in archive.stem else archive.stem)
+        return archive
+
+    monkeypatch.setattr(coco_files.tfds.download.DownloadManager, "download", download)
+    train, val = coco_files.coco_2017_splits(tmp_path / "data", "http://here/")
+    assert asked == ["annotations/annotations_trainval2017.zip", "zips/val2017.zip", "zips/train2017.zip"]
+    assert json.loads(train.read_annotations()) == json.loads(json.dumps(content()))
+    assert json.loads(val.read_annotations()) == {"of": "val"}
+
+
+def test_what_failed_a_download_is_told_in_its_own_words(tmp_path, monkeypatch):
+    wrapped = RuntimeError("retried too often")  # as urllib3's, in an error of requests
+    wrapped.reason = ValueError("no such host\nand much more")
+    monkeypatch.setattr(coco_files.tfds.download.DownloadManager, "download", _raise(ConnectionError(wrapped)))
+    with pytest.raises(UserError, match=r"download failed \(ConnectionError: no such host\); try again"):
+        coco_files.coco_2017_splits(tmp_path)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
+def test_a_disk_that_cannot_take_a_download_is_not_blamed_on_the_network(tmp_path, monkeypatch, number):
+    monkeypatch.setattr(coco_files.tfds.download.DownloadManager, "download", _raise(OSError(number, "no")))
+    with pytest.raises(OSError) as told:
+        coco_files.coco_2017_splits(tmp_path)
+    assert told.value.errno == number
+
+
+def _raise(error):
+    def download(*_):
+        raise error
+
+    return download
 
 
 def test_damaged_archives_are_named(tmp_path, mirror):

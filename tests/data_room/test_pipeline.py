@@ -13,7 +13,7 @@ from fake_split import make_split, number_of
 
 from fpn_jax.data.canvases import Canvases
 from fpn_jax.data.decode import decode
-from fpn_jax.data.pipeline import PipelineOptions, eval_batches, image_batch, train_batches
+from fpn_jax.data.pipeline import PipelineOptions, bucket_members, eval_batches, image_batch, train_batches
 from fpn_jax.data.transforms import assign_buckets, resize_boxes, resize_into, resized_size
 from fpn_jax.errors import UserError
 
@@ -252,6 +252,8 @@ def test_of_too_many_objects_the_largest_stay_and_it_is_told_once(capsys):
     batches = list(train_batches(split, options(max_objects=3, flip=0.0, shorter=(20,)), 1, seed=0, num_steps=5))
     line = "fake train: 3 images have more than data.max_objects = 3 objects; their 6 smallest are not trained on"
     assert capsys.readouterr().err == f"warning: {line}\n"
+    train_batches(split, options(max_objects=3), 2, seed=0, rank=1, world=2)
+    assert not capsys.readouterr().err  # process 0 has told it
     for batch in batches:
         row = int(batch["index"][0])
         _, _, boxes, labels = expected_row(split, row, 20, False, batch["image"].shape[1:3])
@@ -314,7 +316,8 @@ def test_evaluation_of_no_images_is_no_batch():
 def test_evaluation_may_use_smaller_buckets_than_training():
     split = make_split(4, sizes=((24, 24),))
     changed = options(shorter=(20, 16), buckets=((20, 20), (16, 16)))
-    assert next(eval_batches(split, changed, 2))["image"].shape == (2, 16, 16, 3)
+    for batch in (next(eval_batches(split, changed, 2)), image_batch([np.zeros((24, 24, 3), np.uint8)] * 2, changed)):
+        assert batch["image"].shape == (2, 16, 16, 3) and (batch["size"] == 16).all()  # the last, not the largest
     assert next(train_batches(split, changed, 2, seed=0))["image"].shape == (2, 20, 20, 3)
 
 
@@ -432,6 +435,23 @@ def test_image_batch_is_what_evaluation_makes():
     for key in ("image", "size", "boxes", "labels", "valid", "original_size", "index"):
         np.testing.assert_array_equal(batch[key], expected[key], err_msg=key)
         assert batch[key].dtype == expected[key].dtype
+    assert batch["image_id"].tolist() == [0, 1, 2]  # they have none of a data set
+    assert image_batch(images, options(max_objects=3))["boxes"].shape == (3, 3, 4)
+
+
+def test_only_area_reads_a_picture_smaller_than_it_is():
+    """A JPEG gives it at an eighth of its sides at once, but not as any other interpolation would."""
+    split = make_split(1, sizes=((160, 240),))
+    noise = np.random.default_rng(0).integers(0, 256, (160, 240, 3), np.uint8)
+    split.source[0]["image"] = cv2.imencode(".jpg", noise)[1].tobytes()
+    for interpolation in ("linear", "antialias"):
+        batch = next(eval_batches(split, options(shorter=(20,), interpolation=interpolation), 1))
+        image, *_ = expected_row(split, 0, 20, False, batch["image"].shape[1:3], interpolation)
+        np.testing.assert_array_equal(batch["image"][0], image)
+
+
+def test_the_checksum_of_the_images_stays_what_runs_have_stored():
+    assert bucket_members(make_split(5), OPTIONS) == "2, 2, 1 (37c21bd3)"
 
 
 def test_image_batch_takes_the_smallest_bucket_for_all():
