@@ -46,6 +46,16 @@ def test_order_against_a_slow_twin():
         np.testing.assert_array_equal(table.of(i)[1], scores[i][order])
 
 
+def test_boxes_of_a_pixel_or_two_are_no_fractions():
+    table = ProposalTable.from_lists([3], [[[0, 0, 1.5, 1]]])
+    assert table.of(3)[0].tolist() == [[0, 0, 1.5, 1]]
+
+
+def test_corners_need_more_room_than_widths():
+    table = ProposalTable.from_lists([3], [np.array([[200, 100, 100, 200]], np.uint8)], xywh=True)
+    assert table.of(3)[0].tolist() == [[200, 100, 300, 300]]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -79,6 +89,8 @@ def test_arrays_that_do_not_fit_together_make_no_table():
         {"offsets": table.offsets[1:]},
         {"offsets": table.offsets[[0, 2, 1, 3]][::-1]},
         {"offsets": np.array([0, 3, 2, 5])},
+        {"offsets": np.array([1, 2, 2, 5])},  # the first box is of no image,
+        {"offsets": np.array([0, 2, 2, 4])},  # or the last
         {"image_id": np.array([1, 1, 2])},
     ):
         with pytest.raises(ValueError, match=r"do not fit|of shape|occurs 2 times"):
@@ -246,6 +258,8 @@ def test_coco_results(tmp_path):
         ([{"bbox": [1, 2, 3, 4]}], "entry 0 needs an integer image_id, it is None; give the data set's own"),
         ([ENTRIES[0], ENTRIES[1] | {"image_id": "139"}], "entry 1 needs an integer image_id, it is '139'"),
         ([ENTRIES[0] | {"image_id": 2**63}], "entry 0 needs an integer image_id"),
+        ([ENTRIES[0] | {"image_id": True}], "entry 0 needs an integer image_id, it is True"),
+        ([ENTRIES[0] | {"image_id": "a" * 99}], r"entry 0 needs an integer image_id, it is 'a{76}\.\.\.; give"),
         ([{"image_id": 1}], "entry 0 needs a bbox of four numbers, it is None; give x, y, width, height"),
         ([{"image_id": 1, "bbox": [1, 2, 3]}], "entry 0 needs a bbox of four"),
         ([{"image_id": 1, "bbox": [1, 2, 3, True]}], "entry 0 needs a bbox of four"),
