@@ -45,7 +45,7 @@ def test_counts(key, positives, negatives):
         assert index[valid].tolist() == np.concatenate(first).tolist()
 
 
-@pytest.mark.parametrize(("r", "num", "fraction"), [(3, 8, 0.5), (0, 4, 0.5), (6, 4, 0.0), (6, 4, 1.0)])
+@pytest.mark.parametrize(("r", "num", "fraction"), [(3, 8, 0.5), (0, 4, 0.5), (6, 4, 0.0), (6, 4, 1.0), (8, 7, 0.25)])
 def test_more_rows_than_candidates_and_extreme_fractions(r, num, fraction):
     positive = np.arange(r) % 2 == 0
     drawn = sample(jax.random.key(0), jnp.asarray(positive), jnp.asarray(~positive), num=num, fraction=fraction)
