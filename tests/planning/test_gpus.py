@@ -58,6 +58,23 @@ KERNELS = """
   ROOT %row = f32[1,128]{1,0} slice(%wide), slice={[0:1], [0:128]}
 }
 
+%two (y: f32[8,32], yy: f32[32,16], z: bf16[8,32], zz: bf16[32,16]) -> f32[8,16] {
+  %y = f32[8,32]{1,0} parameter(0)
+  %yy = f32[32,16]{1,0} parameter(1)
+  %z = bf16[8,32]{1,0} parameter(2)
+  %zz = bf16[32,16]{1,0} parameter(3)
+  %fine = f32[8,16]{1,0} dot(%y, %yy), lhs_contracting_dims={1}, rhs_contracting_dims={0}, operand_precision={highest,highest}
+  %rough = f32[8,16]{1,0} dot(%z, %zz), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %added = f32[8,16]{1,0} add(%fine, %rough)
+}
+
+%shifted (v: f32[8,32]) -> f32[6,32] {
+  %v = f32[8,32]{1,0} parameter(0)
+  %v0 = f32[6,32]{1,0} slice(%v), slice={[0:6], [0:32]}
+  %v2 = f32[6,32]{1,0} slice(%v), slice={[2:8], [0:32]}
+  ROOT %v02 = f32[6,32]{1,0} add(%v0, %v2)
+}
+
 ENTRY %main (gradient: bf16[2,10,12,64], kernel: bf16[64,3,3,32], a: f32[8,32], b: f32[32,16], c: bf16[100,128]) -> () {
   %gradient = bf16[2,10,12,64]{3,2,1,0} parameter(0)
   %kernel = bf16[64,3,3,32]{3,2,1,0} parameter(1)
@@ -67,6 +84,15 @@ ENTRY %main (gradient: bf16[2,10,12,64], kernel: bf16[64,3,3,32], a: f32[8,32], 
   %back = (bf16[2,20,24,32]{3,2,1,0}, u8[0]{0}) custom-call(%gradient, %kernel), window={size=3x3 pad=1_1x1_1 stride=2x2}, dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$convBackwardInput"
   %product = (f32[8,16]{1,0}, s8[0]{0}) custom-call(%a, %b), custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}
   %cut = f32[2,32]{1,0} slice(%a), slice={[0:2], [0:32]}
+  %half = bf16[8,32]{1,0} convert(%a)
+  %half_b = bf16[32,16]{1,0} convert(%b)
+  %both = f32[8,16]{1,0} fusion(%a, %b, %half, %half_b), kind=kOutput, calls=%two
+  %overlapping = f32[6,32]{1,0} fusion(%a), kind=kLoop, calls=%shifted
+  %place = s32[2,1]{1,0} constant({...})
+  %new_rows = f32[2,32]{1,0} slice(%a), slice={[0:2], [0:32]}
+  %scattered = f32[8,32]{1,0} scatter(%a, %place, %new_rows), to_apply=%fused
+  %zero = s32[] constant(0)
+  %updated = f32[8,32]{1,0} dynamic-update-slice(%a, %new_rows, %zero, %zero)
   ROOT %fusion = f32[1,128]{1,0} fusion(%c), kind=kLoop, calls=%fused
 }
 """  # noqa: E501
@@ -80,6 +106,11 @@ def test_kernels_that_the_step_on_file_has_not():
     assert (found["product"].flops, found["product"].dtype) == (2 * 8 * 16 * 32, "f32")
     assert found["product"].bytes == 4 * (8 * 32 + 32 * 16 + 8 * 16)
     assert found["cut"].bytes == 4 * (2 * 2 * 32)  # reads what it writes
+    both = found["both"]  # the slower type, and the more exact product, count for the whole kernel
+    assert (both.flops, both.dtype, both.exact) == (2 * 2 * 8 * 16 * 32, "f32", True)
+    assert found["overlapping"].bytes == 4 * (8 * 32 + 6 * 32)  # read once, though two slices have it
+    rows = 4 * 2 * 32  # of the table alone; a scatter reads what it adds to
+    assert (found["updated"].bytes, found["scattered"].bytes) == (rows, 2 * rows)
     assert found["fusion"].bytes == 2 * 128 + 4 * 128  # the row as it lies in memory, in bfloat16
 
 
@@ -105,6 +136,7 @@ def test_the_roofline():
     gpu = GPUS["h100"]
     near = Kernel("", "", 3, 989e9, 1000, "bf16", False)
     assert near.seconds(gpu) == pytest.approx((3e-3, 3000 / 3.35e12))
+    assert near._replace(dtype="f16").seconds(gpu) == near.seconds(gpu)
     assert near._replace(dtype="f32").seconds(gpu)[0] == pytest.approx(6e-3)  # TF32
     exact = near._replace(dtype="f32", exact=True).seconds(gpu)[0]
     assert exact == pytest.approx(3 * 989e9 / 66.9e12, rel=0.01)  # the data sheet says 67 TFLOP/s

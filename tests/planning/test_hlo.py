@@ -76,6 +76,89 @@ def test_this_machines_program():
     assert cycles_by_part(list(program.runs())) == ({}, {})  # no estimates here
 
 
+PROGRAM = """
+%up (p: (s32[], f32[4])) -> pred[] {
+  %p = (s32[], f32[4]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %n = s32[] constant(3)
+  ROOT %go = pred[] compare(%i, %n), direction=LT
+}
+
+%down (q: (s32[], f32[4])) -> pred[] {
+  %q = (s32[], f32[4]{0}) parameter(0)
+  %j = s32[] get-tuple-element(%q), index=0
+  %m = s32[] constant(3)
+  ROOT %on = pred[] compare(%j, %m), direction=GT
+}
+
+%inner (r: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %r = (s32[], f32[4]{0}) parameter(0)
+  ROOT %sum = f32[4]{0} all-reduce(%r), to_apply=%never
+}
+
+%outer (s: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %s = (s32[], f32[4]{0}) parameter(0)
+  ROOT %again = (s32[], f32[4]{0}) while(%s), condition=%down, body=%inner
+}
+
+%never (t: f32[4]) -> f32[4] {
+  ROOT %t = f32[4]{0} parameter(0)
+}
+
+%unseen (o: f32[4]) -> f32[4] {
+  ROOT %idled = f32[4]{0} negate(%o)
+}
+
+%yes (u: f32[4]) -> f32[4] {
+  ROOT %taken = f32[4]{0} negate(%u)
+}
+
+%no (v: f32[4]) -> f32[4] {
+  ROOT %spared = f32[4]{0} negate(%v)
+}
+
+%fused (w: f32[4]) -> f32[4] {
+  %w = f32[4]{0} parameter(0)
+  %sent = f32[8]{0} all-gather(%w), dimensions={0}
+  %first = f32[4]{0} negate(%w), metadata={op_name="jit(step)/neck/a"}
+  ROOT %last = f32[4]{0} negate(%first), metadata={op_name="jit(step)/backbone/b"}
+}
+
+ENTRY %main (x: f32[4,4]) -> f32[4] {
+  %x = f32[4,4]{1,0} parameter(0)
+  %loop = (s32[], f32[4]{0}) while(%x), condition=%up, body=%outer, metadata={op_name="jit(step)/optimizer/while"}
+  %idle = (s32[], f32[4]{0}) while(%x), condition=%up, body=%unseen, backend_config={"known_trip_count":{"n":"0"}}
+  %either = f32[4]{0} conditional(%x), branch_computations={%yes, %no}
+  %part = f32[4]{0} fusion(%x), kind=kLoop, calls=%fused
+  %product = f32[4,4]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %kernel = f32[4,4]{1,0} custom-call(%x), custom_call_target="__cudnn$convForward"
+  %gather = (f32[4,4]{1,0}, f32[32,4]{1,0}) all-gather-start(%x), dimensions={0}
+  %gathered = f32[32,4]{1,0} all-gather-done(%gather)
+  %reduce = (f32[4,4]{1,0}, f32[2]{0}) all-reduce-start(%x, %part), to_apply=%never
+  ROOT %reduced = f32[4]{0} all-reduce-done(%reduce)
+}
+"""
+
+
+def test_loops_branches_scopes_and_messages_of_a_program_by_hand():
+    program = Program(PROGRAM)
+    runs = {run.name: run for run in program.runs()}
+    # Three rounds around one that nobody knows; none of a loop that is known to have none; the first branch alone.
+    assert program.assumed_loops() == 1
+    assert sorted((m.kind, m.times, m.bytes) for m in program.messages()) == [
+        ("all-gather", 1, 4 * 8),  # in a fusion
+        ("all-gather", 1, 4 * 32 * 4),  # what is written, not what is read beside it
+        ("all-reduce", 1, 4 * 4 * 4 + 4 * 2),  # of what starts an all-reduce all is written
+        ("all-reduce", 3 * ROUNDS, 3 * ROUNDS * 4 * 4),
+    ]
+    assert runs["sum"].scope == "jit(step)/optimizer/while"  # of the loop it is in
+    assert runs["part"].scope == "jit(step)/backbone/b"  # of the last that is fused into it
+    assert runs["idled"].times == 0
+    assert "taken" in runs and "spared" not in runs
+    assert {name for name, run in runs.items() if run.is_matrix} == {"product", "kernel"}
+    assert not {"gather", "gathered", "reduce", "reduced", "first", "last", "x"} & runs.keys()
+
+
 def test_bytes_of_shapes():
     assert shape_bytes("(f32[2,3]{1,0:T(8,128)}, bf16[4]{0}, /*index=2*/pred[], u8[0,5])") == [24, 8, 1, 0]
 

@@ -55,6 +55,9 @@ def test_a_batch_that_does_not_divide_is_told(tiny_config):
     tiny_config.batch_size = 12
     with pytest.raises(UserError, match=r"batch_size / accumulate is 12, .* 8 devices; try 16"):
         plan_step(tiny_config, 3, 4, (64, 64), sharding.make_mesh())
+    tiny_config.batch_size, tiny_config.accumulate = 8, 2
+    with pytest.raises(UserError, match=r"batch_size / accumulate is 4, .* 8 devices"):
+        plan_step(tiny_config, 3, 4, (64, 64), sharding.make_mesh())
 
 
 @pytest.mark.parametrize("most", range(40))
