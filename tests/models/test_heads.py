@@ -223,6 +223,72 @@ def test_box_losses_use_the_deltas_of_the_own_class():
     assert statistics["roi_accuracy"] == 1.0
 
 
+def test_unused_rois_add_nothing_to_a_loss():
+    """The second image has none; then no image has any."""
+    rois = box.SampledRoIs(
+        boxes=jnp.array([[[0, 0, 10, 10.0]] * 2] * 2),
+        labels=jnp.array([[2, 0]] * 2),
+        gt_boxes=jnp.array([[[1, 0, 11, 10.0]] * 2] * 2),
+        positive=jnp.array([[True, False], [False, False]]),
+        valid=jnp.array([[True, False], [False, False]]),
+    )
+    logits = jnp.zeros((2, 2, 4)).at[0, 0, 2].set(1.0).at[0, 1, 1].set(50.0).at[1, :, 3].set(50.0)
+    box_losses = jax.jit(box.box_losses, static_argnums=0)
+    losses, statistics = box_losses(BoxSettings(beta=0.0), logits, jnp.zeros((2, 2, 4, 4)), rois)
+    assert losses == {"class": pytest.approx(np.log(3 + np.e) - 1, rel=1e-5), "box": pytest.approx(1.0, rel=1e-5)}
+    assert statistics == {"roi_positives": 0.5, "roi_accuracy": 1.0}  # per image; of the positives
+    nothing = rois._replace(positive=jnp.zeros((2, 2), bool), valid=jnp.zeros((2, 2), bool))
+    assert not any(jax.tree.leaves(box_losses(BoxSettings(), logits, jnp.zeros((2, 2, 4, 4)), nothing)))
+
+
+def test_what_is_detected_is_above_the_threshold_within_the_image_and_of_a_proposal_with_an_area():
+    """Scores of 1/2, to the bit, of five proposals: one is padding, one lies outside, one is empty from the outset."""
+    proposals = jnp.array([[[0, 0, 4, 4.0], [10, 10, 20, 30], [5, 5, 9, 9], [50, 0, 60, 9], [7, 0, 7, 3]]])
+    usable, size = jnp.array([[True, True, False, True, True]]), jnp.array([[20, 40]])
+    detect = jax.jit(box.detect, static_argnums=0)
+    given = jnp.zeros((1, 5, 2)), jnp.zeros((1, 5, 2, 4)), proposals, usable, size
+    for min_size in (1e-2, 0.0):
+        found = detect(BoxSettings(score_threshold=0.49, detections=5, min_size=min_size), *given)
+        assert found.boxes[found.valid].tolist() == [[0, 0, 4, 4], [10, 10, 20, 20]]
+        assert found.scores[found.valid].tolist() == [0.5, 0.5] and not found.scores[~found.valid].any()
+    assert not detect(BoxSettings(score_threshold=0.5), *given).valid.any()
+
+
+@pytest.mark.parametrize("before", [0, 3])
+def test_proposals_are_at_least_as_likely_as_asked(before):
+    anchors = {2: jnp.array([[0, 0, 4, 4], [10, 0, 14, 4], [20, 0, 24, 4]], jnp.float32)}
+    settings = rpn.RPNSettings(levels=(2,), sizes=((8,),), ratios=(1.0,), pre_nms_test=before, score_threshold=0.5)
+    logits, deltas = {2: jnp.array([[-0.1, 1.0, 0.0]])}, {2: jnp.zeros((1, 3, 4))}
+    found = jax.jit(rpn.propose, static_argnums=(0, 5))(settings, logits, deltas, anchors, jnp.array([[9, 40]]), False)
+    assert found.boxes.tolist() == [[[10, 0, 14, 4], [20, 0, 24, 4], [0, 0, 0, 0]]]
+    assert found.valid.tolist() == [[True, True, False]]
+
+
+def test_no_drawn_anchor_is_no_loss():
+    none = jnp.zeros((3, 8), bool)
+    drawn = rpn.DrawnAnchors(jnp.zeros((3, 8), int), positive=none, valid=none, deltas=jnp.zeros((3, 8, 4)))
+    given = jnp.full((3, 8), 9.0), jnp.ones((3, 8, 4)), drawn
+    assert not any(jax.tree.leaves(rpn.rpn_losses(RPNSettings(), *given)))
+
+
+def test_the_last_layers_begin_small_and_the_others_as_wide_as_what_they_read():
+    """0.01 and 0.001 as in Fast and Faster R-CNN; 1 / sqrt(fan in) of layers without a ReLU behind them."""
+
+    def spread(module, *inputs):
+        params = jax.jit(module.init)(jax.random.key(0), *inputs)["params"]
+        return {name: float(layer["kernel"].std()) for name, layer in params.items()}
+
+    of_rpn = spread(RPNHead(anchors=16), {2: jnp.ones((1, 4, 4, 64))})
+    assert of_rpn == dict.fromkeys(("conv", "objectness", "deltas"), pytest.approx(0.01, rel=0.1))
+    head = BoxHead(num_classes=20, channels=64, fcs=1, convs=1, conv_channels=16)
+    assert spread(head, jnp.ones((1, 1, 4, 4, 16))) == {
+        "conv1": pytest.approx((2 / (9 * 16)) ** 0.5, rel=0.1),  # He et al.: a ReLU follows
+        "fc1": pytest.approx(1 / 16, rel=0.1),
+        "classes": pytest.approx(0.01, rel=0.1),
+        "deltas": pytest.approx(0.001, rel=0.1),
+    }
+
+
 def test_the_rpn_head_is_one_for_all_levels_and_orders_anchors_last():
     pyramid = {2: jnp.ones((1, 2, 3, 4)), 3: jnp.ones((1, 1, 2, 4))}
     head = RPNHead(anchors=3)
