@@ -40,6 +40,12 @@ def test_schedule_of_the_1x_recipe():
         np.testing.assert_allclose(schedule(step), rate, rtol=1e-4)
 
 
+def test_the_rate_falls_at_the_nearest_step():
+    schedule = make_schedule(optim(step_at=(2 / 3, 0.904), warmup_steps=0), 16, 100)  # 66.7 and 90.4
+    points = {0: 0.02, 66: 0.02, 67: 0.002, 89: 0.002, 90: 0.0002}
+    np.testing.assert_allclose([schedule(step) for step in points], list(points.values()), rtol=1e-5)
+
+
 @pytest.mark.parametrize(("batch", "base", "scale"), [(2, 16, 0.125), (64, 16, 4.0), (64, 0, 1.0)])
 def test_learning_rate_scales_with_the_batch(batch, base, scale):
     schedule = make_schedule(optim(base_batch_size=base, schedule="constant"), batch, 10_000)
@@ -48,7 +54,8 @@ def test_learning_rate_scales_with_the_batch(batch, base, scale):
 
 def test_cosine_ends_at_zero():
     schedule = make_schedule(optim(schedule="cosine", warmup_steps=0), 16, 100)
-    np.testing.assert_allclose([schedule(0), schedule(50), schedule(100)], [0.02, 0.01, 0.0], atol=1e-8)
+    points = [schedule(step) for step in (0, 50, 100, 150)]  # and stays there
+    np.testing.assert_allclose(points, [0.02, 0.01, 0.0, 0.0], atol=1e-8)
 
 
 def test_sgd_is_torchs_and_spares_biases_from_decay():
