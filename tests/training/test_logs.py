@@ -115,6 +115,10 @@ def test_an_evaluation_that_is_done_again_is_there_once(tmp_path):
             log.write(step, {"loss": step})
             log.flush()
             log.write_now(step, {"eval/AP": 0.1 * step})
+    whole = lines(tmp_path)
+    with MetricLog(tmp_path, 9, first_step=3):  # which goes on after its evaluation
+        pass
+    assert lines(tmp_path) == whole
     with MetricLog(tmp_path, 9, first_step=2, evaluates_again=True):
         pass
     left = [(row["step"], [name for name in row if name not in ("step", "time")]) for row in lines(tmp_path)]
@@ -129,6 +133,14 @@ def test_tensorboard_gets_the_same_and_hides_steps_done_twice(tmp_path):
     scalars = [(e.step, v.tag, v.simple_value) for e in events(tmp_path) for v in e.summary.value]
     assert sorted(scalars) == [(1, "eval/AP50", 0.25), (1, "loss", 0.5), (2, "eval/AP50", 0.25), (2, "loss", 1.5)]
     assert [e.step for e in events(tmp_path) if e.session_log.status == SessionLog.START] == [2]
+
+
+def test_a_flush_reaches_tensorboard(tmp_path):
+    """A run that is killed after a checkpoint has lost nothing of the steps before it."""
+    with MetricLog(tmp_path, 3, stream=io.StringIO()) as log:
+        log.write(1, {"loss": 0.5})
+        log.flush()
+        assert [(e.step, v.tag) for e in events(tmp_path) for v in e.summary.value] == [(1, "loss")]
 
 
 def test_other_processes_write_nothing_and_get_the_values(tmp_path):
@@ -183,6 +195,31 @@ def test_the_bar_tells_rate_loss_and_remaining_time(tmp_path, monkeypatch):
     assert "ResNet-18, 12 M parameters\n" in shown
     last = [part for part in shown.split("\r") if "step/s" in part][-1]
     assert "40/100" in last and "2.0 step/s" in last and "loss 0.5" in last and "00:30 left" in last
+
+
+def test_the_rate_is_the_mean_over_steps_and_knows_of_no_pause(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(logs.time, "perf_counter", lambda: now[0])
+    stream = Terminal()
+    with MetricLog(tmp_path, 30, stream=stream) as log:
+        for step, seconds in ((2, 2), (4, 6), (6, 2), (8, 8), (10, 6), (12, 8), (14, 0)):  # two steps at a time
+            log.write(step, {})
+            if step == 8:
+                log.flush()  # a checkpoint
+            if step == 12:
+                log.write_now(step, {"eval/AP": 0.5})
+            now[0] += seconds
+    shown = [part for part in stream.getvalue().split("\r") if "s/step" in part][-1]
+    assert "2.0 s/step" in shown and "00:32 left" in shown  # of 1, 3, 1 and 3 seconds a step
+
+
+def test_steps_that_take_no_time_and_a_step_told_twice_have_a_rate(tmp_path, monkeypatch):
+    monkeypatch.setattr(logs.time, "perf_counter", lambda: 7.0)
+    stream = Terminal()
+    with MetricLog(tmp_path, 3, stream=stream) as log:
+        for step in (1, 2, 2, 3):
+            log.write(step, {"loss": 0.5})
+    assert "00:00 left" in stream.getvalue()
 
 
 def test_without_a_terminal_there_is_a_line_now_and_then(tmp_path, monkeypatch):
