@@ -12,6 +12,7 @@ from fpn_jax.planning.chips import CHIPS, Slice, parse_slice
 from fpn_jax.planning.hlo import Message, Run
 from fpn_jax.planning.scaling import Scaling, weak_scaling
 from fpn_jax.planning.step import DoesNotFitError, StepPlan, abstract_batch
+from fpn_jax.training import sharding
 
 GIB = 2**30
 MEMORY = {"arguments": GIB, "temporary": 2 * GIB, "program": 0, "total": 3 * GIB}
@@ -56,6 +57,19 @@ def test_the_tpu_compilers_refusal_is_read(told, needed, limit):
     with pytest.raises(DoesNotFitError) as error:
         step._compile(SimpleNamespace(compile=compile))
     assert (error.value.needed, error.value.limit) == (needed, limit)
+
+
+def test_flops_are_those_of_all_pieces_on_all_devices_for_one_image(tinier_config, monkeypatch):
+    """The compiler counts one piece of one device."""
+    counted = {"cost_analysis": lambda: {"flops": 1e6}, "memory_analysis": lambda: None}
+    program = SimpleNamespace(as_text=lambda: "ENTRY %main (x: f32[4]) -> f32[4] {\n}", **counted)
+    monkeypatch.setattr(step, "_compile", lambda lowered: program)
+    monkeypatch.setattr(step, "_memory", lambda stats: MEMORY)
+    monkeypatch.setattr(step, "make_train_step", lambda *_: SimpleNamespace(lower=lambda *_: None))
+    tinier_config.model.detector = "rpn"
+    tinier_config.update(batch_size=32, accumulate=2)
+    plan = step.plan_step(tinier_config, 3, 4, (64, 64), sharding.make_mesh())
+    assert (plan.devices, plan.images, plan.flops_per_image) == (8, 32, 1e6 * 2 * 8 / 32)
 
 
 def test_a_batch_has_the_pipelines_types_and_regions_where_they_are_given(tiny_config):
