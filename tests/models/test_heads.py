@@ -271,6 +271,22 @@ def test_no_drawn_anchor_is_no_loss():
     assert not any(jax.tree.leaves(rpn.rpn_losses(RPNSettings(), *given)))
 
 
+def test_the_nominal_normalizer_counts_the_anchors_that_could_be_drawn():
+    """Of two images with eight anchors each, three were drawn."""
+    valid = jnp.zeros((2, 8), bool).at[0, :3].set(True)
+    drawn = rpn.DrawnAnchors(jnp.zeros((2, 8), int), jnp.zeros((2, 8), bool), valid, jnp.zeros((2, 8, 4)))
+    for normalizer, count in (("sampled", 3), ("nominal", 2 * 8)):
+        settings = RPNSettings(samples=8, normalizer=normalizer)
+        losses, _ = rpn.rpn_losses(settings, jnp.zeros((2, 8)), jnp.zeros((2, 8, 4)), drawn)
+        assert losses["rpn_objectness"] == pytest.approx(3 * np.log(2) / count, rel=1e-6)
+
+
+@pytest.mark.parametrize(("anchor_stride", "stride"), [("image", (10, 9)), ("level", (8, 8))])
+def test_anchors_lie_as_far_apart_as_the_image_or_the_level_says(anchor_stride, stride):
+    settings = RPNSettings(levels=(3,), sizes=((8,),), anchor_stride=anchor_stride)
+    assert rpn.anchor_grids(settings, {3: (4, 5)}, (40, 48))[3].stride == stride
+
+
 def test_the_last_layers_begin_small_and_the_others_as_wide_as_what_they_read():
     """0.01 and 0.001 as in Fast and Faster R-CNN; 1 / sqrt(fan in) of layers without a ReLU behind them."""
 
