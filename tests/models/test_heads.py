@@ -196,6 +196,16 @@ def test_rois_are_sampled_by_overlap_and_get_their_class_slot():
     np.testing.assert_array_equal(last.labels[0, :3], [2, 3, 3])  # a quarter of four is one positive; two negatives
 
 
+def test_padding_is_never_drawn():
+    """The first row lies on the object as well, but is no proposal."""
+    settings = BoxSettings(samples=4, positive_fraction=0.5, add_ground_truth=False)
+    proposals, usable = jnp.array([[[0, 0, 10, 10.0], [0, 0, 10, 9], [20, 0, 30, 9]]]), jnp.array([[False, True, True]])
+    objects = jnp.array([[[0, 0, 10, 10.0]]]), jnp.array([[1]]), jnp.array([[True]])
+    keys = jax.random.split(jax.random.key(0), 1)
+    rois = SAMPLE(settings, 3, proposals, usable, *objects, keys).boxes
+    assert rois[0, :3].tolist() == [[0, 0, 10, 9], [20, 0, 30, 9], [0, 0, 0, 0]]
+
+
 def test_ground_truth_joins_the_proposals_only_if_asked():
     nothing = jnp.zeros((1, 3, 4)), jnp.zeros((1, 3), bool)
     boxes, labels, valid = jnp.array([[[5, 5, 9, 9.0]]]), jnp.array([[1]]), jnp.array([[True]])
