@@ -235,3 +235,11 @@ def test_goldens(case, data_dir):
         inputs = features[b], rois[mine], gradients[mine], golden["scale"], outs.shape[1]
         for got, expected in zip(pool_and_gradient(*inputs), (outs[mine], backs[b]), strict=True):
             np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize(("eps", "level"), [(1e-6, 4), (0.0, 3)])
+def test_what_is_added_before_rounding_decides_the_level(eps, level):
+    """Of an RoI a hair smaller than the canonical one."""
+    pyramid = {l: jnp.full((1, 4, 4, 1), float(l)) for l in (3, 4)}
+    rois = jnp.array([[[0, 0, 223.99998, 223.99998]]])
+    assert multilevel_roi_pool(pyramid, rois, 1, eps=eps).tolist() == [[[[[level]]]]]
