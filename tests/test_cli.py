@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from fpn_jax import cli
+from fpn_jax.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 SHOW = """
@@ -77,6 +78,21 @@ def test_mistakes_are_one_line_that_names_the_key(arguments, names):
     assert done.stderr.startswith("error: ")
     for name in names:
         assert name in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("x = 1", "defines no get_config(); see the experiments/ folder"),
+        ("import nowhere_at_all", "cannot be loaded (No module named 'nowhere_at_all'); install it, or correct it"),
+        ("import experiments.nowhere", "cannot be loaded (No module named 'experiments.nowhere'); install it, or"),
+        ("x = 1 / 0", "cannot be loaded (ZeroDivisionError: division by zero); correct it"),
+    ],
+)
+def test_what_is_wrong_with_a_config_file_is_told(tmp_path, text, told):
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(UserError, match=re.escape(f"--config={tmp_path}/mine.py {told}")):
+        cli.load_config(f"{tmp_path}/mine.py")
 
 
 def test_help_lists_the_flags_of_the_program_and_no_others():

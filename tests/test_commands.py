@@ -168,9 +168,8 @@ def test_a_change_between_two_starts_is_told(trained, tmp_path):
     assert done.returncode == 0, done.stderr
     told = [line for line in done.stderr.splitlines() if line.startswith(("changed: ", "warning: "))]
     assert "changed: data.eval_split is 'train', was 'val'" in told
-    assert told[0] == "changed: num_steps is 2, was 3" and told[1].startswith(
-        "changed: optim.learning_rate is 0.25, was"
-    )
+    assert "changed: num_steps is 2, was 3" in told
+    assert any(line.startswith("changed: optim.learning_rate is 0.25, was ") for line in told)
     assert told[-1] == "warning: the run was finished at step 3, num_steps=2: nothing is done"
     assert (changed / "config.json").read_bytes() == (workdir / "config.json").read_bytes()
     assert f"{changed}/eval/val/overview.jpg" in done.stdout  # and not of the split that nothing was scored on

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_report import dump, make_sweep, plan_row
+from test_report import dump, make_sweep, markdown_of, plan_row
 
 from fpn_jax.errors import UserError
 from fpn_jax.reporting.collect import curve, read_sweep
@@ -68,3 +68,26 @@ def test_a_small_negative_number_is_no_negative_zero():
 def test_what_begins_like_a_list_a_quote_or_a_heading_is_text():
     texts = ("# a", "> a", "+ a", "- a", "-1.5", "a - b")
     assert [markdown(x) for x in texts] == [r"\# a", r"\> a", r"\+ a", r"\- a", "-1.5", "a - b"]
+
+
+def test_runs_of_several_calls_are_told_apart(tmp_path):
+    """A plan has the last call's commit, and its rows may be older."""
+    folder = make_sweep(tmp_path, {"fpn": [0.5], "c5": [0.25]}, seeds=(0,))
+    dump(folder / "fpn" / "seed0" / "made_by.json", {"command": "first", "commit": "aaa"})
+    dump(folder / "c5" / "seed0" / "made_by.json", {"command": "second", "commit": "bbb", "device": "cpu"})
+    text = markdown_of(folder)
+    assert "- Command (fpn seed 0): `first`" in text and "- Made with (fpn seed 0): commit aaa" in text
+    assert "- Command (c5 seed 0): `second`" in text and "1 cpu device, commit bbb" in text
+    dump(folder / "c5" / "seed0" / "made_by.json", {"command": "first", "commit": "aaa"})
+    assert "- Command: `first`\n" in markdown_of(folder)
+
+
+def test_a_run_without_its_analysis_is_named(tmp_path):
+    folder = make_sweep(tmp_path, {"fpn": [0.5], "c5": [0.25]}, seeds=(0,))
+    assert "Without analysis" not in markdown_of(folder)
+    path = folder / "c5" / "seed0" / "eval" / "val" / "analysis.json"
+    path.write_text("{")
+    with pytest.raises(UserError, match=r"analysis\.json cannot be read .*; delete it and .*metrics\.json, and run"):
+        read_sweep(folder)
+    path.unlink()
+    assert "- Without analysis: c5 seed 0 (delete metrics.json of these runs" in markdown_of(folder)

@@ -65,11 +65,15 @@ def test_levels_are_counted_on_as_many_whole_batches_as_it_takes(monkeypatch, as
 def test_scores_and_the_analysis_have_what_the_log_shows(tmp_path, agnostic):
     made = evaluator(agnostic)
     found = made.detect(None)
-    metrics = made.score(str(tmp_path), found)
+    metrics = made.score(found)
+    made.write(str(tmp_path), found, metrics)
+    folder = tmp_path / "eval" / "train"
+    assert json.loads((folder / "metrics.json").read_text()) == metrics
+    assert (folder / ("proposals.npz" if agnostic else "detections.json")).is_file()
     assert made.main_metric == ("AR1000" if agnostic else "AP") and metrics[made.main_metric] == pytest.approx(1.0)
     assert set(made.shown_metrics) <= metrics.keys()
     known = made.analyse(str(tmp_path), None, found)
-    assert known == json.loads((tmp_path / "eval" / "train" / "analysis.json").read_text())
+    assert known == json.loads((folder / "analysis.json").read_text())
     assert set(known) == {"octaves", "levels"} | (set() if agnostic else {"errors"})
 
 

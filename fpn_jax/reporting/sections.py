@@ -95,7 +95,7 @@ def _made_by(sweep: Sweep) -> list[str]:
             runs.setdefault((command, _environment(made)), []).append(f"{row.name} seed {run.seed}")
     lines = []
     for (command, environment), of in runs.items():
-        what = f" of {', '.join(of)}" if len(runs) > 1 else ""
+        what = f" ({', '.join(of)})" if len(runs) > 1 else ""
         lines += [f"Command{what}: `{command}`"] if command else []
         lines += [f"Made with{what}: {environment}"] if environment else []
     return lines

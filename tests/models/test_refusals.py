@@ -2,15 +2,20 @@
 
 import random
 import re
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
 
 from experiments.demo import get_config
+from fpn_jax import models
 from fpn_jax.cost import abstract_batch
 from fpn_jax.errors import UserError
 from fpn_jax.models import build_detector
+from fpn_jax.models.fast_rcnn import FastRCNN
+from fpn_jax.models.necks.fpn import FPN
 from fpn_jax.training.state import init_variables
 
 
@@ -370,3 +375,31 @@ def test_whatever_is_thrown_together_is_refused_by_its_key_or_runs(seed):
         else:
             check_it_runs(config)
             ran += 1
+
+
+class OwnNeck(FPN):
+    activation: str = "silu"
+
+
+class OwnBackbone(nn.Module):
+    dtype: Any = jnp.float32
+
+    def output_levels(self):
+        return (2, 3, 4, 5)
+
+
+class OwnDetector(FastRCNN):
+    pass
+
+
+def test_parts_of_ones_own_have_names_of_their_own(monkeypatch):
+    """What the tables' docstring promises: an activation that ours do not know, nothing frozen, another detector."""
+    monkeypatch.setitem(models.NECKS, "own", OwnNeck)
+    monkeypatch.setitem(models.BACKBONES, "own", OwnBackbone)
+    monkeypatch.setitem(models.DETECTORS, "own", OwnDetector)
+    built = build_detector(model({"neck.name": "own", "neck.activation": "mish", "detector": "own"}), 3)
+    assert built.neck.activation == "mish" and built.needs_proposals
+    assert not build_detector(model({}), 3).needs_proposals
+    assert build_detector(model({"backbone": {"name": "own"}}), 3).frozen == ()
+    with pytest.raises(UserError, match=r"model\.neck\.activation is 'mish'; choose one of"):
+        build_detector(model({"neck.activation": "mish"}), 3)

@@ -109,3 +109,13 @@ def test_is_frozen_matches_whole_parts_and_beginnings():
 def test_unknown_names_are_refused_with_the_choices(key, value):
     with pytest.raises(UserError, match=rf"optim\.{key} is '{value}'; choose one of .*(sgd|step)"):
         run(optim(**{key: value}), make_schedule(optim(**{key: value}), 16, 10))
+
+
+def test_clipping_may_begin_and_end_when_a_run_goes_on():
+    """As the advice is after a loss that is not finite: the state is of one form, and that of before is used."""
+    first, second = (make_optimizer(optim(clip_norm=norm), lambda step: 0.5, PARAMS) for norm in (0.0, 1e-3))
+    state = first.init(PARAMS)
+    assert jax.tree.structure(state) == jax.tree.structure(second.init(PARAMS))
+    gradients = jax.tree.map(jnp.ones_like, PARAMS)
+    _, state = first.update(gradients, state, PARAMS)
+    _, state = second.update(gradients, state, PARAMS)

@@ -144,8 +144,13 @@ def test_a_workdir_is_taken_over_whole_whatever_it_was_begun_from(tmp_path, conf
     """How its weights came there, in part or with fresh class layers, is no matter of the copy's."""
     convert_in(config, file, str(tmp_path / "first"))
     config.init_from, config.init_part, config.init_reset_classes = str(tmp_path / "first"), "backbone", True
+    config.data.data_dir = str(tmp_path / "gone")
     checkpoint.write_config(str(tmp_path / "first"), config)
+    classes = common.Classes.read(str(tmp_path / "first"))
+    classes = common.Classes(classes.names, [10 + i for i in classes.category_ids])
+    classes.write(str(tmp_path / "first"))
     convert_in(None, str(tmp_path / "first"), str(tmp_path / "copy"))
+    assert common.Classes.read(str(tmp_path / "copy")) == classes
     first, copy = (loader.export(weights_of(tmp_path / name), "torchvision", 7) for name in ("first", "copy"))
     assert first.keys() == copy.keys() and all(np.array_equal(first[name], copy[name]) for name in first)
 
