@@ -139,7 +139,7 @@ def test_what_cannot_be_written(tmp_path, monkeypatch):
     proposals.write(tmp_path / "p.npz", made(), SIZES)
     before = (tmp_path / "p.npz").read_bytes()
     with pytest.raises(
-        UserError, match=r"p\.npz/a\.npz: cannot be written \((Not a directory|File exists)\); free some"
+        UserError, match=r"p\.npz/a\.npz: cannot be written \((Not a directory|File exists)\); move what"
     ):
         proposals.write(tmp_path / "p.npz" / "a.npz", made(), SIZES)
 

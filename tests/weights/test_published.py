@@ -221,7 +221,7 @@ def test_two_at_once_do_not_spoil_each_other(server, cache):
 def test_a_cache_that_cannot_be_written(server, tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(
-        UserError, match=r"cannot be written .*; free some space or name another folder with FPN_JAX_WE"
+        UserError, match=r"cannot be written .*; move what is in the way or name another folder with FPN_JAX_WE"
     ):
         fetch(serve(server, "net.pth"), tmp_path / "file")
 
