@@ -275,7 +275,10 @@ def _make(key: str, table: Mapping[str, Callable[..., Any]], values: Mapping[str
     Those that only its neighbours in the table know are theirs and left out, so that a change of the name is enough.
     """
     values = dict(values)
-    module = _choose(f"{key}.name", table, values.pop("name", None))
+    module = table.get(name := values.pop("name", None))
+    if module is None:
+        own = "one of your own is put there in fpn_jax/models/__init__.py, so that all commands know it"
+        raise UserError(f"{key}.name is {name!r}; choose one of {', '.join(table)}; {own}")
     known, others = _attributes(module), set().union(*map(_attributes, table.values()))
     values = {name: value for name, value in values.items() if name in known or name not in others}
     return module(**_fields(key, module, values, extra), **extra)
