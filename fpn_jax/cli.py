@@ -180,7 +180,9 @@ def load_config(given: str) -> ConfigDict:
         raise
     except ModuleNotFoundError as error:
         hint = (
-            "start it in the folder of fpn_jax's clone" if error.name == "experiments" else "install it, or correct it"
+            "start it in the folder of fpn_jax's clone"
+            if (error.name or "").split(".")[0] == "experiments"
+            else "install it, or correct it"
         )
         raise UserError(f"--config={given} cannot be loaded ({error}); {hint}") from error
     except Exception as error:

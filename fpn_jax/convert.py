@@ -47,7 +47,7 @@ def convert_in(
     config.init_part, config.init_reset_classes = part or config.init_part, reset_classes or config.init_reset_classes
     detector_slots = loader.class_slots(arrays, address)
     is_whole = detector_slots is not None and not config.init_reset_classes and not config.init_part
-    if is_whole and common.is_workdir(address):
+    if common.is_workdir(address) and not config.init_reset_classes and not config.init_part:
         classes = common.Classes.read(address)
     else:
         classes = _classes(config, detector_slots if is_whole else None, address, remarks)

@@ -6,7 +6,9 @@ python -m fpn_jax.evaluate --workdir=runs/demo [--split=val] [--dataset=scenes] 
 """
 
 import re
+import zlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import ml_collections
@@ -18,6 +20,7 @@ from fpn_jax.propose import open_proposals
 from fpn_jax.scoring import Evaluator, metrics_table
 from fpn_jax.storage import paths
 from fpn_jax.training import checkpoint, sharding
+from fpn_jax.training.logs import last_evaluation
 
 _WORKDIR = cli.flag("workdir", str, None, "Folder of the training run.")
 _SPLIT = cli.flag("split", str, None, "Split to score; by default the config's data.eval_split.")
@@ -74,14 +77,14 @@ def _evaluate(
     like = common.abstract_variables(detector, options.buckets[0], mesh, mesh_options.shard_params)
     with checkpoint.Checkpoints(workdir) as checkpoints:
         variables, step = checkpoints.restore_weights(like, which)
-        newest = checkpoints.latest_step in (step, None)
     regions = None
     if proposals and not detector.needs_proposals:
         raise UserError(f"--proposals={proposals}: {workdir} has a detector that proposes itself; leave it out")
     if detector.needs_proposals:
         given, cache_dir = proposals or config.data.proposals_eval, config.data.get("cache_dir", "")
         regions = open_proposals(given, split, options.max_proposals[1], cache_dir)
-    name = folder_name(checkpoint.read_config(workdir), split, None if newest else step, tight, proposals)
+    as_trained = last_evaluation(workdir) in (step, None)
+    name = folder_name(checkpoint.read_config(workdir), split, None if as_trained else step, tight, proposals)
     evaluator = Evaluator(detector, mesh, split, options, config.eval_batch_size, regions, name)
     folder, first = evaluator.folder(workdir), sharding.process()[0] == 0
     if first:
@@ -106,7 +109,7 @@ def folder_name(
 ) -> str:
     """The split's, and what is otherwise than in the scores that a training leaves in a folder of that name.
 
-    trained: the run's own config. step: of the weights, None of the newest.
+    trained: the run's own config. step: of the weights, None of those that the training has scored last.
     """
     parts = [split.split]
     if split.name != trained.data.dataset:
@@ -115,9 +118,14 @@ def folder_name(
         parts.append(f"step{step}")
     if tight:
         parts.append("tight")
-    if proposals and proposals != trained.data.get("proposals_eval"):
-        parts.append(f"on_{proposals}")
+    if proposals and _place(proposals) != _place(trained.data.get("proposals_eval", "")):
+        parts.append(f"on_{Path(proposals).stem}_{zlib.crc32(_place(proposals).encode()):08x}")
     return re.sub(r"[^\w.-]+", "_", "_".join(parts))
+
+
+def _place(address: str) -> str:
+    """The same for all spellings of a path."""
+    return address.rstrip("/") if paths.is_remote(address) else str(Path(address).resolve())
 
 
 def main(argv: Sequence[str]) -> None:

@@ -159,7 +159,7 @@ def main(argv: Sequence[str]) -> None:
     common.check_numbers(config)
     found = plan(config, _TOPOLOGY.value, bucket_of(config, _BUCKET.value), _LARGEST.value)
     if _OUTPUT.value:
-        paths.write_json(_OUTPUT.value, found)
+        paths.write_json(_OUTPUT.value, found, finite=False)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from fpn_jax.storage.paths import path, write_json
 from fpn_jax.training import checkpoint, sharding
 from fpn_jax.training.optim import make_optimizer, make_schedule
 from fpn_jax.training.state import init_variables, make_state
-from fpn_jax.variants import changed, check_unchanged
+from fpn_jax.variants import changed, check_unchanged, were_stages
 
 Train = Callable[[ml_collections.ConfigDict, str], dict[str, Any]]
 
@@ -58,7 +58,7 @@ def _check_same_stages(config: ml_collections.ConfigDict, workdir: str) -> None:
     made_of, wanted = (
         [stage["name"] for stage in c.get("stages", ())] for c in (checkpoint.read_config(workdir), config)
     )
-    if made_of != wanted:
+    if made_of != wanted and not (not made_of and were_stages(workdir, wanted)):
         raise UserError(
             f"--workdir={workdir} was made of the stages {', '.join(made_of) or '(none)'}, now config.stages has "
             f"{', '.join(wanted)}; set them back, or take another --workdir"

@@ -83,13 +83,21 @@ def sweep(config: ml_collections.ConfigDict, workdir: str, seeds: int, only: Seq
     configs = {seed: _configs(config, rows, workdir, seed) for seed in known_seeds}
     for seed in known_seeds:  # nothing is written before all fits to what is there, also to the rows not chosen now
         for row_config, where in configs[seed].values():
+            check_unchanged(row_config, where)
+            for stage_where, stage in stage_configs(row_config, where).items():
+                check_unchanged(stage, stage_where)
+    for name in chosen:
+        row_config, _ = configs[all_seeds[0]][name]
+        try:
             mesh = sharding.make_mesh(options=common.mesh_options(row_config))
             sharding.check_batch_size(mesh, row_config.batch_size // row_config.accumulate, "batch_size")
-            check_unchanged(row_config, where)
-    plan = make_plan(config, rows, known_seeds)
+        except UserError as error:
+            raise UserError(f"row {name}: {error}") from None
+    plan = make_plan(config, rows, all_seeds)
     if first:
-        print(plan_table(plan | {"seeds": all_seeds}, chosen), flush=True)
-        write_json(plan_file, plan)
+        print(plan_table(plan, chosen), flush=True)
+        # Read once more, as another job may have come in the meantime.
+        write_json(plan_file, plan | {"seeds": sorted({*all_seeds, *_former_seeds(plan_file)})}, finite=False)
     made_by = {"command": plan["command"], **plan["environment"]}
     failures: list[str] = []
     for seed in all_seeds:
@@ -149,6 +157,7 @@ def _check_config(config: ml_collections.ConfigDict, row: dict[str, Any]) -> Non
         build_detector(row_config.model, 1)
         common.pipeline_options(row_config)
         for stage in stage_configs(row_config, "").values():
+            common.check_numbers(stage)
             build_detector(stage.model, 1)
     except UserError as error:
         message = str(error)
@@ -286,25 +295,27 @@ def _run(config: ml_collections.ConfigDict, workdir: str, name: str, seed: int, 
     start = time.monotonic()
     if first:
         print(f"{what}: {workdir}", flush=True)
-        write_json(path(workdir) / "made_by.json", made_by)
     try:
-        _train_or_wait(config.lock(), workdir, what)
+        waited = _train_or_wait(config.lock(), workdir, what)
     except (UserError, jax.errors.JaxRuntimeError) as error:  # the latter: it does not fit into memory
         if sharding.process()[1] > 1:
             raise
         return " ".join(str(error).split())[:500]
     if first:
+        note = path(workdir) / "made_by.json"
+        if not waited or not note.exists():  # else it is the other job's run
+            write_json(note, made_by)
         print(f"{what}: finished in {time.monotonic() - start:.0f} s", flush=True)
     return None
 
 
-def _train_or_wait(config: ml_collections.ConfigDict, workdir: str, what: str) -> None:
-    """Train; as long as another job does that, wait for it."""
+def _train_or_wait(config: ml_collections.ConfigDict, workdir: str, what: str) -> bool:
+    """Train; as long as another job does that, wait for it. Whether it was waited for."""
     told = False
     while True:
         try:
             train(config, workdir)
-            return
+            return told
         except InUseError as busy:
             if sharding.process()[1] > 1:  # only one of the processes has claimed, and was refused
                 raise

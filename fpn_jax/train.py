@@ -63,8 +63,6 @@ def _train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     eval_split = common.open_data(config, config.data.eval_split, "data.eval_split")
     classes = common.Classes(train_split.class_names, train_split.category_ids)
     common.check_classes(classes, eval_split, workdir)
-    if common.Classes.known(workdir):
-        common.check_classes(common.Classes.read(workdir), train_split, workdir)
     roll_call.agree("devices and data", common.fingerprint(train_split, eval_split), config.join_within)
     roll_call.announce(config.batch_size, f"{train_split.name} {train_split.split}", len(train_split))
     options = common.pipeline_options(config)
@@ -82,6 +80,8 @@ def _train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
         how = config.seed, config.accumulate, config.ema_decay, mesh, over
         train_step = make_train_step(detector, optimizer, schedule, *how)
         position = _position(config, train_split, options)
+        if checkpoints.latest_step is not None and common.Classes.known(workdir):
+            common.check_classes(common.Classes.read(workdir), train_split, workdir)
         changes = _changes(config, workdir)
         if found := _restore(checkpoints, state, changes):
             state, saved_position = found
@@ -252,7 +252,7 @@ def _frozen_at_random(backbone: ml_collections.ConfigDict) -> list[str]:
     frozen = []
     if backbone.get("frozen_stages"):
         frozen.append(f"model.backbone.frozen_stages={backbone.frozen_stages} never trains its first stages")
-    if backbone.norm == "frozen_bn":
+    if backbone.get("norm") == "frozen_bn":
         frozen.append("model.backbone.norm=frozen_bn normalises nothing without a file's statistics")
     if not frozen:
         return []

@@ -1,5 +1,6 @@
 """Configs that differ from a base in a few keys: rows of an ablation, stages of a training; and their differences."""
 
+import contextlib
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -88,12 +89,27 @@ def check_unchanged(config: ml_collections.ConfigDict, workdir: str, but: Collec
     advice = f"set it back, remove {workdir} to run it anew, or take another --workdir"
     for key in before.keys() & now.keys() - {*HARMLESS, *but}:
         one, other = before[key], now[key]
-        same = one == other or (key in _RUN_KEYS and one and other and Path(one).resolve() == Path(other).resolve())
+        same = one == other or (key == "stages" and not one and were_stages(workdir, [s["name"] for s in other]))
+        same = same or (key in _RUN_KEYS and one and other and Path(one).resolve() == Path(other).resolve())
         if not same:
             raise UserError(f"{workdir} was run with another {key}: {one!r}, now {other!r}; {advice}")
-    lacking = sorted(key for key in before.keys() ^ now.keys() if key.startswith("model."))
-    if lacking and build_detector(old.model, 1) != build_detector(config.model, 1):
+    lacking = sorted(key for key in (before.keys() ^ now.keys()) - {*HARMLESS} if key.startswith("model."))
+    if lacking and _built(old.model) != _built(config.model):
         raise UserError(f"{workdir} was run with another model, by {some(lacking)}; {advice}")
+
+
+def _built(model: ml_collections.ConfigDict) -> Any:
+    """The detector, but for what is harmless; None if it cannot be built, as of a key that is no more."""
+    values = model.to_dict()
+    values["backbone"].pop("remat", None)
+    with contextlib.suppress(UserError):
+        return build_detector(values, 1)
+    return None
+
+
+def were_stages(workdir: str, names: Collection[str]) -> bool:
+    """Whether all of these stages were run there: config.json told nothing of stages at first."""
+    return bool(names) and all((paths.path(workdir) / name / "config.json").exists() for name in names)
 
 
 def references(config: ml_collections.ConfigDict) -> list[str]:

@@ -85,7 +85,10 @@ def test_mistakes_are_one_line_that_names_the_key(arguments, names):
     [
         ("x = 1", "defines no get_config(); see the experiments/ folder"),
         ("import nowhere_at_all", "cannot be loaded (No module named 'nowhere_at_all'); install it, or correct it"),
-        ("import experiments.nowhere", "cannot be loaded (No module named 'experiments.nowhere'); install it, or"),
+        (
+            "import experiments.nowhere",
+            "cannot be loaded (No module named 'experiments.nowhere'); start it in the folder",
+        ),
         ("x = 1 / 0", "cannot be loaded (ZeroDivisionError: division by zero); correct it"),
     ],
 )

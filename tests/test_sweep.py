@@ -110,6 +110,17 @@ def test_what_needs_a_failed_row_is_not_run(tmp_path, base, capsys, monkeypatch)
     assert not (tmp_path / "fast").exists()
 
 
+def test_a_row_is_refused_for_its_own_faults_alone(tmp_path, base):
+    """Rows run in jobs of their own, on machines of their own."""
+    many = {"name": "many", "changes": {"batch_size": 3, "mesh.data": 2}}
+    with pytest.raises(UserError, match="row many: "):
+        sweep.sweep(ablation(base, ROWS[0], many), str(tmp_path), 1, ["many"])
+    assert not (tmp_path / "plan.json").exists()
+    base.num_steps = 1
+    sweep.sweep(ablation(base, ROWS[0], many), str(tmp_path), 1, ["fpn"])
+    assert json.loads((tmp_path / "plan.json").read_text())["rows"][1]["name"] == "many"
+
+
 def test_a_row_that_another_job_runs_is_waited_for(tmp_path, base, capsys, monkeypatch):
     """As two jobs do that need the same row."""
     monkeypatch.setattr(sweep, "_POLL", 0.0)
@@ -312,6 +323,9 @@ def test_what_is_missing_here_or_there_has_its_default(base, tmp_path):
     stages = {"stages": ({"name": "one", "changes": {"num_steps": 999}},)}
     with pytest.raises(UserError, match="was run with another stages"):
         check_unchanged(changed(base, stages, "row"), str(tmp_path))
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "config.json").write_text("{}")  # of before config.json told of stages
+    check_unchanged(changed(base, stages, "row"), str(tmp_path))
     with pytest.raises(UserError, match=r"no model\.neck\.levels; did you mean (?!model\.neck\.levels)"):
         changed(base, {"model.neck": {"name": "fpn", "channels": 8}, "model.neck.levels": (2,)}, "row")
 

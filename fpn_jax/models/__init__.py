@@ -11,7 +11,8 @@ here, not by the experiment's file. The same with
   [b r]) -> what `heads.box.BoxHead` gives.
 
 Each is made with a `dtype` to compute in. A loss of another kind is a name for a field of RPNSettings or BoxSettings, a
-branch in their losses (`heads/rpn.py`, `heads/box.py`), and a line in CHOICES.
+branch in their losses (`heads/rpn.py`, `heads/box.py`), and a line in CHOICES. So is any other name that a module of
+this package takes, such as an activation; modules of other packages are not bound by CHOICES.
 """
 
 import dataclasses

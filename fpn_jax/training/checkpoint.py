@@ -64,7 +64,13 @@ class Checkpoints:
         """Keep these weights as the best, in place of the former best."""
         items = {"weights": ocp.args.StandardSave(_weights(state)), "metrics": ocp.args.JsonSave(metrics)}
         step = int(state.step)
-        self._guarded(self._best, lambda: self._best.save(step, args=ocp.args.Composite(**items), force=True))
+
+        def replace() -> None:
+            if self._best.latest_step() == step:  # scored anew; the weights are the latest checkpoint's, too
+                self._best.delete(step)
+            self._best.save(step, args=ocp.args.Composite(**items), force=True)
+
+        self._guarded(self._best, replace)
 
     def save_initial(self, state: TrainState) -> None:
         """Keep these weights as what training here starts from."""

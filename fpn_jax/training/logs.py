@@ -1,6 +1,7 @@
 """What a run tells: WORKDIR/metrics.jsonl, TensorBoard events in WORKDIR/tensorboard, and the progress bar."""
 
 import collections
+import contextlib
 import json
 import math
 import os
@@ -175,6 +176,17 @@ class _Writing:
 def _scalar(value: Any) -> float:
     """With the fewest digits that give the same float32 (or whatever it was) again: 0.43, not 0.4300000071525574."""
     return float(str(np.asarray(value)[()]))
+
+
+def last_evaluation(workdir: str) -> int | None:
+    """The step that WORKDIR/metrics.jsonl has the newest scores of, None without any."""
+    path, step = paths.path(workdir) / "metrics.jsonl", None
+    if path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            if '"eval/' in line:
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # cut off by a kill
+                    step = json.loads(line)["step"]
+    return step
 
 
 def _drop_lines_after(path: Path, last_step: int, but_evaluations: bool) -> None:

@@ -72,6 +72,15 @@ def test_the_latest_two_and_the_best_are_kept(tmp_path):
     assert step == 3
 
 
+def test_the_best_of_a_step_can_be_scored_anew(tmp_path):
+    """On other images, or because its scores were deleted."""
+    with Checkpoints(str(tmp_path)) as checkpoints:
+        for images, ap in (("val", 0.5), ("test", 0.25)):
+            checkpoints.save_best(make_state(2), {"AP": ap, "images": images})
+            checkpoints.wait()
+            assert checkpoints.best_metrics() == {"AP": ap, "images": images}
+
+
 def test_without_an_average_the_parameters_are_used_and_best_falls_back(tmp_path):
     checkpoints = Checkpoints(str(tmp_path))
     checkpoints.save(make_state(1, average=False), {})

@@ -10,7 +10,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from fpn_jax.errors import UserError
 from fpn_jax.training import logs
-from fpn_jax.training.logs import MetricLog
+from fpn_jax.training.logs import MetricLog, last_evaluation
 
 
 class OnDevice:
@@ -234,3 +234,11 @@ def test_without_a_terminal_there_is_a_line_now_and_then(tmp_path, monkeypatch):
     shown = stream.getvalue().splitlines()
     assert 3 < len(shown) < 12 and "\r" not in stream.getvalue()
     assert shown[-1] == "step 100/100  2.0 s/step  loss 0.5  00:00 left"
+
+
+def test_the_last_evaluation_is_that_of_the_last_whole_line(tmp_path):
+    assert last_evaluation(str(tmp_path)) is None
+    lines = [{"step": 3, "eval/AP": 0.5}, {"step": 4, "loss": 1.0}]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "metrics.jsonl").write_text(text + '{"step": 5, "eval/AP"')
+    assert last_evaluation(str(tmp_path)) == 3
