@@ -173,6 +173,10 @@ def test_a_change_between_two_starts_is_told(trained, tmp_path):
     assert told[-1] == "warning: the run was finished at step 3, num_steps=2: nothing is done"
     assert (changed / "config.json").read_bytes() == (workdir / "config.json").read_bytes()
     assert f"{changed}/eval/val/overview.jpg" in done.stdout  # and not of the split that nothing was scored on
+    (changed / "metrics.json").unlink()  # as if it had been killed before: the best of this step is of other images
+    done = run(*demo, "--config.data.eval_split=train")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((changed / "metrics.json").read_text())["num_images"] == 16
 
 
 def test_a_run_goes_on_with_its_own_classes_and_objects_alone(trained, tmp_path):
