@@ -182,7 +182,7 @@ def last_evaluation(workdir: str) -> int | None:
     """The step that WORKDIR/metrics.jsonl has the newest scores of, None without any."""
     path, step = paths.path(workdir) / "metrics.jsonl", None
     if path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in path.read_bytes().decode(errors="replace").splitlines():  # etils reads text its own way
             if '"eval/' in line:
                 with contextlib.suppress(ValueError, KeyError, TypeError):  # cut off by a kill
                     step = json.loads(line)["step"]
