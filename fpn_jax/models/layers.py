@@ -20,8 +20,10 @@ from fpn_jax.ops.winograd import conv3x3
 Init = nn.initializers.Initializer
 
 # Cells times channels times features from which Winograd's rule is faster than XLA's convolution on a CPU, both forward
-# and backward (benchmarks/LOG.md): P2 and P3 of an 800-pixel image at 256 channels. Below, it only compiles longer.
-_WINOGRAD_FROM = 100 * 160 * 256 * 256
+# and backward (benchmarks/LOG.md): P5 of an 800-pixel image at 256 channels, and C2 to C5 of a ResNet. Below, and where
+# channels are many beside the cells, so that the kernel is most of the work, it only compiles longer.
+_WINOGRAD_FROM = 25 * 40 * 256 * 256
+_WINOGRAD_CELLS = 4  # for each channel, of those that are read or made
 
 he_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al. 2015, eq. 14
 # Both frameworks' in the neck, detectron2's in the box head, where torchvision leaves torch's default.
@@ -120,8 +122,10 @@ class Conv(nn.Module):
             y = _plus(self._without_bias(x, kernel), bias)
             return relu(y) if rectify else y
 
-        products = x.shape[1] * x.shape[2] * x.shape[3] * self.features
-        if products < _WINOGRAD_FROM or (self.kernel, self.stride, self.groups) != (3, 1, 1) or x.dtype != jnp.float32:
+        cells = x.shape[1] * x.shape[2]
+        pays = cells * x.shape[3] * self.features >= _WINOGRAD_FROM
+        pays &= cells >= _WINOGRAD_CELLS * max(x.shape[3], self.features)
+        if not pays or (self.kernel, self.stride, self.groups) != (3, 1, 1) or x.dtype != jnp.float32:
             return plain(x, kernel, bias)
         return by_platform(x, kernel, bias, cpu=functools.partial(conv3x3, rectify=rectify), default=plain)
 

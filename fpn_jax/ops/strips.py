@@ -1,7 +1,10 @@
 """Strips of rows, in which large maps are worked through on a CPU: what is made for a strip stays small."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+from jax.experimental.xla_metadata import set_xla_metadata
 
 
 def rows_of_strip(h: int, w: int, cells: int) -> int:
@@ -17,6 +20,13 @@ def take_rows(
     first: from -above to h + below - height. No copy of the map with its zeros is made, which XLA would keep beside the
     map for the backward pass.
     """
+    with set_xla_metadata(inlineable="false"):
+        return _take_rows(x, first, height, above, below, left, right)
+
+
+# A call that XLA's CPU backend must not look into: it would make the rows anew for each reader, number by number.
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6))
+def _take_rows(x: jax.Array, first: jax.Array, height: int, above: int, below: int, left: int, right: int) -> jax.Array:
     h = x.shape[1]
     begin = jnp.clip(first, 0, max(h - height, 0))
     rows = jax.lax.dynamic_slice_in_dim(x, begin, min(height, h), 1)

@@ -1,9 +1,12 @@
 """3x3 convolutions with fewer multiplications (Lavin and Gray, arXiv 1509.09308), for backends that lack them.
 
-F(2x2, 3x3): four outputs of a channel take 16 products in place of 36, each a matrix product over all tiles. On a CPU
-XLA's own convolution leaves that undone, and its weight gradient of a large map takes many times the forward pass.
+F(4x4, 3x3): sixteen outputs of a channel take 36 products in place of 144, each a matrix product over all tiles. On a
+CPU XLA's own convolution leaves that undone, and its weight gradient of a large map takes many times the forward pass.
 
-The transformed tiles take four times the memory of the map, so a map is worked through in strips of rows.
+The rule is that of Toom and Cook: polynomials are multiplied by their values at six points. Those of the paper, 0, 1,
+-1, 2, -2 and infinity, lose several times as many digits as 0, 1/√2, -1/√2, √2, -√2 and infinity (benchmarks/LOG.md).
+
+The transformed tiles take more than twice the memory of the map, so a map is worked through in strips of rows.
 """
 
 import functools
@@ -11,20 +14,36 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fpn_jax.ops.strips import take_rows
 
-# Rows of tiles in a strip, at most. At 336 columns and 256 channels a strip's tiles take 27 MB.
-_STRIP = 10
+# Tiles in a strip, at most, unless a row has more. Of 256 channels their transforms take 9 MB, and so do the products.
+_TILES = 256
 
-Grid = list[list[jax.Array]]  # 4 x 4 entries of tiles, or 2 x 2
+
+def _rule(points: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """B^T [m+2 m+2], G [m+2 3] and A^T [m m+2] of F(m, 3) by m + 1 points and infinity, as equation 7 has them.
+
+    A row of G evaluates the kernel at a point, divided by the product of the point's distances to the others. A row of
+    B^T has the coefficients of the polynomial that is 0 at all others.
+    """
+    others = [[q for q in points if q != p] for p in points]
+    data = [[*np.poly(rest)[::-1], 0] for rest in others]
+    kernel = [[p**i / np.prod([p - q for q in rest]) for i in range(3)] for p, rest in zip(points, others, strict=True)]
+    outputs = [[p**i for p in points] + [i + 2 == len(points)] for i in range(len(points) - 1)]
+    with_infinity = [*data, np.poly(points)[::-1]], [*kernel, [0, 0, 1]], outputs
+    return tuple(np.asarray(x, np.float32) for x in with_infinity)
+
+
+_DATA, _KERNEL, _OUTPUTS = _rule((0, 0.5**0.5, -(0.5**0.5), 2**0.5, -(2**0.5)))
 
 
 def conv3x3(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None, rectify: bool = False) -> jax.Array:
     """Convolution of x [b h w c] with kernel [3 3 c c'], stride 1 and a zero on every side, plus bias [c'].
 
-    -> [b h w c'], as exact as the direct sum to within a few units in the last place of the largest terms. With rectify
-    no less than 0: a ReLU in the strips, where one behind them would need a second map.
+    -> [b h w c'], float32, with some five times the rounding of the direct sum, a few millionths of the largest value.
+    With rectify no less than 0: a ReLU in the strips, where one behind them would need a second map.
     """
     return _conv3x3(x, kernel, bias, rectify)
 
@@ -39,23 +58,21 @@ def _conv3x3(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, rectify: b
 def _in_strips(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, rectify: bool, fill: jax.Array) -> jax.Array:
     """As `conv3x3`, begun once there is `fill` [1], any value."""
     b, h, w, c = x.shape
-    strips, rows, columns = _strips(h, w)
-    kernels = [_kernel_parts(part, 1) for part in _kernel_parts(kernel, 0)]
+    strips, rows, columns = _strips(b, h, w)
+    height, width, features = 4 * rows, 4 * columns, kernel.shape[-1]
+    kernels = _both_axes(_KERNEL, kernel.reshape(9, c, features))
 
     def add_strip(i: jax.Array, y: jax.Array) -> jax.Array:
-        tiles = _input_tiles(_strip(x, i, rows, 1))
-        flat = [[tiles[u][v].reshape(b * rows * columns, c) for v in range(4)] for u in range(4)]
-        products = [[flat[u][v] @ kernels[u][v].reshape(c, -1) for v in range(4)] for u in range(4)]
-        halves = [_output_parts([products[u][v] for u in range(4)]) for v in range(4)]
-        outputs = [_output_parts([halves[v][row] for v in range(4)]) for row in range(2)]
-        shape = b, rows, columns, y.shape[-1]
-        mine = jnp.stack([jnp.stack([part.reshape(shape) for part in row], 3) for row in outputs], 2)
-        mine = mine.reshape(b, 2 * rows, 2 * columns, y.shape[-1])
-        mine = mine if bias is None else mine + bias
-        return jax.lax.dynamic_update_slice_in_dim(y, jnp.maximum(mine, 0) if rectify else mine, 2 * rows * i, 1)
+        first = jnp.minimum(height * i, y.shape[1] - height)  # the last strip begins earlier, and makes some rows anew
+        mine = take_rows(x, first - 1, height + 2, 1, y.shape[1] - h + 1, 1, width - w + 1)
+        products = _transformed(mine, _DATA, rows, columns).reshape(36, -1, c) @ kernels
+        outputs = _both_axes(_OUTPUTS, products).reshape(4, 4, b, rows, columns, features)
+        outputs = outputs.transpose(2, 3, 0, 4, 1, 5).reshape(b, height, width, features)
+        outputs = outputs if bias is None else outputs + bias
+        return jax.lax.dynamic_update_slice_in_dim(y, jnp.maximum(outputs, 0) if rectify else outputs, first, 1)
 
     # All of it is written over. Zeros would be a constant, which XLA keeps in memory from the first loop to the last.
-    y = jnp.broadcast_to(fill, (b, 2 * strips * rows, 2 * columns, kernel.shape[-1]))
+    y = jnp.broadcast_to(fill, (b, max(h, height), width, features))
     return jax.lax.fori_loop(0, strips, add_strip, y)[:, :h, :w]
 
 
@@ -85,69 +102,43 @@ def _parameter_gradients(x: jax.Array, gradient: jax.Array) -> tuple[jax.Array, 
     Both in one loop: XLA would put the sum of a bias of its own off to the end of the step, and keep the map till then.
     """
     b, h, w, c = x.shape
-    strips, rows, columns = _strips(h, w)
+    features = gradient.shape[-1]
+    strips, rows, columns = _strips(b, h, w)
+    height, right = 4 * rows, 4 * columns - w
+    below = height * strips - h
 
-    def add_strip(total: tuple[Grid, jax.Array], i: jax.Array) -> tuple[tuple[Grid, jax.Array], None]:
+    def add_strip(total: tuple[jax.Array, jax.Array], i: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
         products, biases = total
-        tiles, mine = _input_tiles(_strip(x, i, rows, 1)), _strip(gradient, i, rows, 0)
-        halves = [_output_parts_transposed([mine[:, row::2, column::2] for row in range(2)]) for column in range(2)]
-        spread = [_output_parts_transposed([halves[column][u] for column in range(2)]) for u in range(4)]
-        flat = [
-            [[x[u][v].reshape(b * rows * columns, x[u][v].shape[-1]) for x in (tiles, spread)] for v in range(4)]
-            for u in range(4)
-        ]
-        products = [[products[u][v] + flat[u][v][0].T @ flat[u][v][1] for v in range(4)] for u in range(4)]
-        return (products, biases + mine.sum((0, 1, 2))), None
+        inputs = take_rows(x, height * i - 1, height + 2, 1, below + 1, 1, right + 1)
+        outputs = take_rows(gradient, height * i, height, 0, below, 0, right)
+        tiles = _transformed(inputs, _DATA, rows, columns).reshape(36, -1, c)
+        spread = _transformed(outputs, _OUTPUTS.T, rows, columns).reshape(36, -1, features)
+        products += jnp.einsum("pnc,pnk->pck", tiles, spread)
+        return (products, biases + outputs.sum((0, 1, 2))), None
 
-    none = [[jnp.zeros((c, gradient.shape[-1]), x.dtype)] * 4] * 4, jnp.zeros(gradient.shape[-1], x.dtype)
-    (total, of_bias), _ = jax.lax.scan(add_strip, none, jnp.arange(strips))
-    taps = [_kernel_parts_transposed([total[u][v] for u in range(4)]) for v in range(4)]
-    of_kernel = jnp.stack([jnp.stack(_kernel_parts_transposed([taps[v][row] for v in range(4)])) for row in range(3)])
-    return of_kernel, of_bias
+    none = jnp.zeros((36, c, features), x.dtype), jnp.zeros(features, x.dtype)
+    (products, of_bias), _ = jax.lax.scan(add_strip, none, jnp.arange(strips))
+    return _both_axes(_KERNEL.T, products).reshape(3, 3, c, features), of_bias
 
 
-def _strips(h: int, w: int) -> tuple[int, int, int]:
-    """(strips, rows of tiles of each, columns of tiles): tiles are 2 x 2 outputs, which read 4 x 4 inputs."""
-    tiles = -(-h // 2)
-    strips = -(-tiles // _STRIP)
-    return strips, -(-tiles // strips), -(-w // 2)
+def _strips(b: int, h: int, w: int) -> tuple[int, int, int]:
+    """(strips, rows of tiles of each, columns of tiles): tiles are 4 x 4 outputs, which read 6 x 6 inputs."""
+    tiles, columns = -(-h // 4), -(-w // 4)
+    most = max(1, _TILES // max(1, b * columns))
+    strips = -(-tiles // most)
+    return strips, -(-tiles // strips), columns
 
 
-def _strip(x: jax.Array, i: jax.Array, rows: int, border: int) -> jax.Array:
-    """The i-th strip of x [b h w c] with zeros around whole tiles and `border`: [b 2*rows+2*border w' c]."""
-    _, h, w, _ = x.shape
-    strips, _, columns = _strips(h, w)
-    below, right = 2 * rows * strips - h + border, 2 * columns - w + border
-    return take_rows(x, 2 * rows * i - border, 2 * rows + 2 * border, border, below, border, right)
+def _transformed(x: jax.Array, matrix: np.ndarray, rows: int, columns: int) -> jax.Array:
+    """M d M^T of windows d of x [b h' w' c] at every fourth row and column -> [n n b rows columns c]; M [n size]."""
+    for axis, count in ((2, columns), (1, rows)):
+        begins = range(matrix.shape[1])
+        axis += x.ndim - 4
+        x = jnp.stack([jax.lax.slice_in_dim(x, i, i + 4 * count - 3, 4, axis) for i in begins])
+        x = jnp.tensordot(matrix, x, 1)
+    return x
 
 
-def _input_tiles(strip: jax.Array) -> Grid:
-    """B^T d B of all tiles of a strip with its border, each entry [b rows columns c]."""
-    return [_input_parts(part, 2) for part in _input_parts(strip, 1)]
-
-
-def _input_parts(x: jax.Array, axis: int) -> list[jax.Array]:
-    """B^T d of equation 7 along an axis: four arrays with one entry for each tile."""
-    d = [jax.lax.slice_in_dim(x, i, x.shape[axis] - 3 + i, 2, axis) for i in range(4)]
-    return [d[0] - d[2], d[1] + d[2], d[2] - d[1], d[1] - d[3]]
-
-
-def _kernel_parts(kernel: jax.Array, axis: int) -> list[jax.Array]:
-    """G g along an axis."""
-    g = [jax.lax.slice_in_dim(kernel, i, i + 1, 1, axis) for i in range(3)]
-    return [g[0], (g[0] + g[1] + g[2]) / 2, (g[0] - g[1] + g[2]) / 2, g[2]]
-
-
-def _kernel_parts_transposed(m: list[jax.Array]) -> list[jax.Array]:
-    """G^T m: three taps."""
-    return [m[0] + (m[1] + m[2]) / 2, (m[1] - m[2]) / 2, (m[1] + m[2]) / 2 + m[3]]
-
-
-def _output_parts(m: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """A^T m: the first and the second of two neighbouring outputs."""
-    return m[0] + m[1] + m[2], m[1] - m[2] - m[3]
-
-
-def _output_parts_transposed(y: list[jax.Array]) -> list[jax.Array]:
-    """A y: what two neighbouring outputs pass back."""
-    return [y[0], y[0] + y[1], y[0] - y[1], -y[1]]
+def _both_axes(matrix: np.ndarray, x: jax.Array) -> jax.Array:
+    """M d M^T along the first axis of x [size * size ...], which has rows and columns -> [n * n ...]; M [n size]."""
+    return jnp.tensordot(np.kron(matrix, matrix), x, 1)
