@@ -20,8 +20,8 @@ from fpn_jax.ops.winograd import conv3x3
 Init = nn.initializers.Initializer
 
 # Cells times channels times features from which Winograd's rule is faster than XLA's convolution on a CPU, both forward
-# and backward (benchmarks/LOG.md): P5 of an 800-pixel image at 256 channels, and C2 to C5 of a ResNet. Below, and where
-# channels are many beside the cells, so that the kernel is most of the work, it only compiles longer.
+# and backward (benchmarks/LOG.md): P2 to P5 of an 800-pixel image at 256 channels, C2 to C4 of a ResNet. Not where
+# channels are many beside the cells, as in C5: the kernel's transform is most of the work then.
 _WINOGRAD_FROM = 25 * 40 * 256 * 256
 _WINOGRAD_CELLS = 4  # for each channel, of those that are read or made
 

@@ -3,8 +3,8 @@
 F(4x4, 3x3): sixteen outputs of a channel take 36 products in place of 144, each a matrix product over all tiles. On a
 CPU XLA's own convolution leaves that undone, and its weight gradient of a large map takes many times the forward pass.
 
-The rule is that of Toom and Cook: polynomials are multiplied by their values at six points. Those of the paper, 0, 1,
--1, 2, -2 and infinity, lose several times as many digits as 0, 1/√2, -1/√2, √2, -√2 and infinity (benchmarks/LOG.md).
+The rule is that of Toom and Cook: polynomials are multiplied by their values at six points. The usual ones, 0, 1, -1,
+2, -2 and infinity, have five times the rounding of 0, 1/√2, -1/√2, √2, -√2 and infinity (benchmarks/LOG.md).
 
 The transformed tiles take more than twice the memory of the map, so a map is worked through in strips of rows.
 """
