@@ -8,11 +8,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.xla_metadata import set_xla_metadata
 
 from fpn_jax.models.resampling import max_pool
 from fpn_jax.ops.halving import halving_conv3x3
-from fpn_jax.ops.platforms import by_platform
+from fpn_jax.ops.platforms import apart, by_platform
 from fpn_jax.ops.products import conv1x1
 from fpn_jax.ops.stem import conv_relu_pool, space_to_depth_conv
 from fpn_jax.ops.winograd import conv3x3
@@ -53,16 +52,12 @@ def _relu_backward(y: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
 relu.defvjp(_relu_forward, _relu_backward)
 
 
-def _kept_maximum(x: jax.Array) -> jax.Array:
-    """`relu` as a call that XLA's CPU backend must not look into, as it takes barriers away before it decides what to
-    make anew in the backward pass, and then keeps the convolution's result and the shortcut for it."""
-    with set_xla_metadata(inlineable="false"):
-        return _maximum(x)
-
-
-@jax.jit
 def _maximum(x: jax.Array) -> jax.Array:
     return jnp.maximum(x, 0)
+
+
+# Looked into, the convolution's result and the shortcut are kept, of which it is made anew in the backward pass.
+_kept_maximum = apart(_maximum)
 
 
 class Conv(nn.Module):

@@ -2,10 +2,12 @@
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+from jax.experimental.xla_metadata import set_xla_metadata
 
 _TARGET: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
 
@@ -20,6 +22,22 @@ def by_platform(*args: Any, default: Callable[..., Any], **forms: Callable[..., 
     if platform is None:
         return jax.lax.platform_dependent(*args, default=default, **forms)
     return forms.get(platform, default)(*args)
+
+
+def apart(function: Callable[..., Any], static_argnums: Sequence[int] = ()) -> Callable[..., Any]:
+    """`function` as a call that XLA's CPU backend must not look into. For forms of "cpu".
+
+    It fuses more than is good for it (benchmarks/LOG.md): slices whose place only a loop knows, zeros around them and
+    reshaped results are computed number by number then, and it takes optimization barriers away before it decides.
+    """
+    jitted = jax.jit(function, static_argnums=tuple(static_argnums))
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        with set_xla_metadata(inlineable="false"):
+            return jitted(*args)
+
+    return call
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ pyramid's levels are read in tiles, see `roi_tiles`. Gradients flow to the featu
 detectron2: the RoIs are constants.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fpn_jax.ops.boxes import area
-from fpn_jax.ops.platforms import by_platform
+from fpn_jax.ops.platforms import apart, by_platform
 from fpn_jax.ops.roi_points import corner_and_sides, neighbours
 from fpn_jax.ops.roi_tiles import align_by_tiles
 from fpn_jax.ops.rounds import IMAGES, PIECES, Pieces, Table, in_pieces, map_table, pyramid_table, sort_into_pieces
@@ -173,11 +173,22 @@ def _align(
     parts: tuple[jax.Array, ...], axes: tuple[_Axis, _Axis], size: int, sampling_ratio: int, pieces: int
 ) -> jax.Array:
     """Parts of the table [n c], points of r RoIs -> [r size size c], summed in float32."""
+
+    def form(sum_points: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        return lambda parts, axes: sum_points(parts, axes, size, sampling_ratio)
+
+    return by_platform(parts, axes, cpu=form(_sum_points_apart), default=form(_sum_points))
+
+
+def _sum_points(parts: tuple[jax.Array, ...], axes: tuple[_Axis, _Axis], size: int, sampling_ratio: int) -> jax.Array:
     cells = jnp.concatenate(parts)
     out = jnp.zeros((axes[0].start.shape[0], size, size, cells.shape[1]), jnp.float32)
     for y, x in product(range(sampling_ratio), repeat=2):
         out = _add_point(out, cells, axes, y, x)
     return out.astype(cells.dtype)
+
+
+_sum_points_apart = apart(_sum_points, (2, 3))
 
 
 def _add_point(out: jax.Array, cells: jax.Array, axes: tuple[_Axis, _Axis], y: Any, x: Any) -> jax.Array:

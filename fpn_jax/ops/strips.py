@@ -1,10 +1,9 @@
 """Strips of rows, in which large maps are worked through on a CPU: what is made for a strip stays small."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
-from jax.experimental.xla_metadata import set_xla_metadata
+
+from fpn_jax.ops.platforms import apart
 
 
 def rows_of_strip(h: int, w: int, cells: int) -> int:
@@ -20,18 +19,18 @@ def take_rows(
     first: from -above to h + below - height. No copy of the map with its zeros is made, which XLA would keep beside the
     map for the backward pass.
     """
-    with set_xla_metadata(inlineable="false"):
-        return _take_rows(x, first, height, above, below, left, right)
+    return _take_rows_apart(x, first, height, above, below, left, right)
 
 
-# A call that XLA's CPU backend must not look into: it would make the rows anew for each reader, number by number.
-@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6))
 def _take_rows(x: jax.Array, first: jax.Array, height: int, above: int, below: int, left: int, right: int) -> jax.Array:
     h = x.shape[1]
     begin = jnp.clip(first, 0, max(h - height, 0))
     rows = jax.lax.dynamic_slice_in_dim(x, begin, min(height, h), 1)
     rows = jnp.pad(rows, ((0, 0), (above, below), (left, right), (0, 0)))
     return jax.lax.dynamic_slice_in_dim(rows, first - begin + above, height, 1)
+
+
+_take_rows_apart = apart(_take_rows, range(2, 7))  # or XLA makes the rows anew for each that reads them
 
 
 def product_of_cells(x: jax.Array, gradient: jax.Array) -> jax.Array:

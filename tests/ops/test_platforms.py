@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from fpn_jax.ops.platforms import by_platform, compiling_for
+from fpn_jax.ops.platforms import apart, by_platform, compiling_for
 
 
 def form(x):
@@ -33,3 +33,13 @@ def test_an_error_inside_does_not_outlast_it():
     with pytest.raises(ZeroDivisionError), compiling_for("tpu"):
         raise ZeroDivisionError
     assert jax.jit(form)(0.0) == 2
+
+
+def test_a_function_apart_is_a_call_in_the_program_of_a_cpu():
+    """As XLA would have it, the sum is part of what reads it."""
+    doubled = apart(lambda x, n: x + n, (1,))
+    text = jax.jit(lambda x: jnp.sin(doubled(x, 2)) * 3).lower(jnp.ones(8)).compile().as_text()
+    assert " call(" in text
+    assert jax.jit(lambda x: doubled(x, 2))(1.0) == 3
+    assert doubled(jnp.float32(1), 4) == 5
+    assert jax.grad(lambda x: doubled(x, 2) ** 2)(1.0) == 6
