@@ -4,7 +4,7 @@ F(4x4, 3x3): sixteen outputs of a channel take 36 products in place of 144, each
 CPU XLA's own convolution leaves that undone, and its weight gradient of a large map takes many times the forward pass.
 
 The rule is that of Toom and Cook: polynomials are multiplied by their values at six points. The usual ones, 0, 1, -1,
-2, -2 and infinity, have five times the rounding of 0, 1/√2, -1/√2, √2, -√2 and infinity (benchmarks/LOG.md).
+2, -2 and infinity, have two to five times the rounding of 0, 1/√2, -1/√2, √2, -√2 and infinity (benchmarks/LOG.md).
 
 The transformed tiles take more than twice the memory of the map, so a map is worked through in strips of rows.
 """
