@@ -141,6 +141,10 @@ def test_large_convolutions_take_it_on_a_cpu(monkeypatch):
     assert "stablehlo.convolution" in lowered
     assert "stablehlo.convolution" not in text
     assert "stablehlo.dot_general" in text
+    monkeypatch.setattr(layers, "_WINOGRAD_CELLS", 13)  # 72 cells are fewer than 13 for each of 6 features
+    assert "stablehlo.convolution" in jax.jit(lambda v, x: layer.apply(v, x)).lower(variables, x).as_text()
+    monkeypatch.setattr(layers, "_WINOGRAD_CELLS", 12)
+    assert "stablehlo.convolution" not in jax.jit(lambda v, x: layer.apply(v, x)).lower(variables, x).as_text()
     for other in (layers.Conv(6, stride=2), layers.Conv(4, groups=2), layers.Conv(6, dtype=jnp.bfloat16)):
         v = other.init(jax.random.key(0), x)
         assert "stablehlo.convolution" in jax.jit(other.apply).lower(v, x).as_text()
