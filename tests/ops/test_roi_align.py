@@ -273,3 +273,10 @@ def test_on_a_cpu_each_level_has_an_array_of_its_own_for_the_gradient(platform, 
     found = re.findall(r"\}\) : \(tensor<1x(\d+x3)xf32>, \S+ tensor<1x4x(\d+)x7x7x3xf32>\)", text)
     assert {array for array, _ in found} == arrays
     assert {int(r) for _, r in found} == {rois}
+
+
+def test_on_a_cpu_it_is_computed_before_it_is_reshaped():
+    """As the box head does: fused with that, XLA computes it number by number, four times as slowly."""
+    pyramid, rois = {2: jnp.ones((1, 8, 8, 4)), 3: jnp.ones((1, 4, 4, 4))}, jnp.ones((1, 5, 4))
+    text = jax.jit(lambda *x: multilevel_roi_align(*x, size=2).reshape(5, -1)).lower(pyramid, rois).compile().as_text()
+    assert re.search(r"= f32\[1,5,2,2,4\]\S* call\(", text)
