@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fpn_jax.models.resampling import max_pool
+from fpn_jax.models.resampling import max_pool, upsample_nearest
 from fpn_jax.ops.halving import halving_conv3x3
 from fpn_jax.ops.platforms import apart, by_platform
 from fpn_jax.ops.products import conv1x1
 from fpn_jax.ops.stem import conv_relu_pool, space_to_depth_conv
+from fpn_jax.ops.top_down import lateral_plus_above
 from fpn_jax.ops.winograd import conv3x3
 
 Init = nn.initializers.Initializer
@@ -78,6 +79,8 @@ class Conv(nn.Module):
     rectify: whether a `relu` follows, of which some forms then are a part; pool: and, after it, `max_pool` of 3 x 3
     windows with stride 2, always of a padded x. On TPUs that of a ResNet's stem is one with the convolution
     (`ops.stem`), and its gradient computes all three again.
+    above: a map [b h/2 w/2 features] (rounded up) to be brought to the result's size by `upsample_nearest` and added.
+    On CPUs that is one with a 1x1 convolution (`ops.top_down`).
     """
 
     features: int
@@ -96,6 +99,7 @@ class Conv(nn.Module):
         affine: tuple[jax.Array, jax.Array] | None = None,
         rectify: bool = False,
         pool: bool = False,
+        above: jax.Array | None = None,
     ) -> jax.Array:
         shape = (self.kernel, self.kernel, x.shape[-1] // self.groups, self.features)
         kernel = self.param("kernel", self.kernel_init, shape)
@@ -107,6 +111,8 @@ class Conv(nn.Module):
         bias = None if bias is None else bias.astype(self.dtype)
         if pool:
             return self._convolve_and_pool(x, kernel, bias)
+        if above is not None:
+            return self._convolve_and_add(x, kernel, bias, above)
         if pad:
             return self._convolve(x, kernel, bias, rectify)
         y = _plus(windows(x, self.kernel) @ kernel.reshape(-1, self.features), bias)
@@ -134,6 +140,19 @@ class Conv(nn.Module):
         at_once = jax.custom_vjp(conv_relu_pool)
         at_once.defvjp(lambda *given: (conv_relu_pool(*given), given), lambda given, y: jax.vjp(plain, *given)[1](y))
         return by_platform(x, kernel, bias, tpu=at_once, default=plain)
+
+    def _convolve_and_add(self, x: jax.Array, kernel: jax.Array, bias: jax.Array | None, above: jax.Array) -> jax.Array:
+        def plain(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, above: jax.Array) -> jax.Array:
+            y = self._convolve(x, kernel, bias, False)
+            return y + upsample_nearest(above, y.shape[1:3])
+
+        def in_strips(x: jax.Array, kernel: jax.Array, bias: jax.Array, above: jax.Array) -> jax.Array:
+            return lateral_plus_above(x, kernel[0, 0], bias, above)
+
+        doubles = all(n == 2 * m for n, m in zip(x.shape[1:3], above.shape[1:3], strict=True))
+        if (self.kernel, self.stride, self.groups) != (1, 1, 1) or bias is None or not doubles:
+            return plain(x, kernel, bias, above)
+        return by_platform(x, kernel, bias, above, cpu=in_strips, default=plain)
 
     def _without_bias(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         pad = self.kernel // 2
@@ -188,6 +207,8 @@ plus_by_product.defvjp(lambda y, bias: (y + bias, bias), _plus_backward)
 def windows(x: jax.Array, size: int) -> jax.Array:
     """x [b h w c] -> [b h-size+1 w-size+1 size*size*c]: beside each other all that a convolution reads for a cell."""
     h, w = (side - size + 1 for side in x.shape[1:3])
+    if h == w == 1:
+        return x.reshape(len(x), 1, 1, -1)  # whose gradient needs no map for each of the cells
     return jnp.concatenate([x[:, i : i + h, j : j + w] for i in range(size) for j in range(size)], -1)
 
 
@@ -279,16 +300,18 @@ def conv_norm(
     groups: int = 1,
     init: Init = he_fan_out,
     pool: bool = False,
+    above: jax.Array | None = None,
 ) -> jax.Array:
     """A convolution and its norm, as two submodules of the calling module, called `names`; no non-linearity.
 
     x [b h w c] -> [b h' w' features]. With norm "none" the convolution keeps its bias and the second name is unused.
-    pool: and then `relu` and `max_pool` of 3 x 3 windows with stride 2.
+    pool: and then `relu` and `max_pool` of 3 x 3 windows with stride 2; above: plus this map, upsampled, see `Conv`.
     """
     conv = Conv(features, kernel, stride, norm == "none", init, dtype, groups, name=names[0])
     if norm == "frozen_bn":
-        return conv(x, affine=FrozenBatchNorm(eps, name=names[1])(features), pool=pool)
+        return conv(x, affine=FrozenBatchNorm(eps, name=names[1])(features), pool=pool, above=above)
     if norm == "none":
-        return conv(x, pool=pool)
+        return conv(x, pool=pool, above=above)
     y = NORMS[norm](eps=eps, dtype=dtype, name=names[1])(conv(x), train)
+    y = y if above is None else y + upsample_nearest(above, y.shape[1:3])
     return max_pool(relu(y), 3, 2) if pool else y

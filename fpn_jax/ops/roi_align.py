@@ -5,7 +5,7 @@ pyramid's levels are read in tiles, see `roi_tiles`. Gradients flow to the featu
 detectron2: the RoIs are constants.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
@@ -174,14 +174,41 @@ def _align(
 ) -> jax.Array:
     """Parts of the table [n c], points of r RoIs -> [r size size c], summed in float32."""
 
-    def form(sum_points: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-        return lambda parts, axes: sum_points(parts, axes, size, sampling_ratio)
+    def plain(parts: tuple[jax.Array, ...], axes: tuple[_Axis, _Axis]) -> jax.Array:
+        return _sum_points(parts, axes, size, sampling_ratio)
 
-    return by_platform(parts, axes, cpu=form(_sum_points_apart), default=form(_sum_points))
+    def on_cpu(parts: tuple[jax.Array, ...], axes: tuple[_Axis, _Axis]) -> jax.Array:
+        # RoIs are read from the largest part and from all others: to copy that into a table with these takes longer.
+        two = parts if len(parts) < 3 else (parts[0], jnp.concatenate(parts[1:]))
+        return _sum_points_apart(two, axes, size, sampling_ratio)
+
+    return by_platform(parts, axes, cpu=on_cpu, default=plain)
 
 
 def _sum_points(parts: tuple[jax.Array, ...], axes: tuple[_Axis, _Axis], size: int, sampling_ratio: int) -> jax.Array:
-    cells = jnp.concatenate(parts)
+    out = 0
+    for start, cells in zip(_starts(parts), parts, strict=True):
+        mine = (axes[0].offset >= start) & (axes[0].offset < start + len(cells))
+        own = _sum_points_of(cells, _in_part(axes, mine, start), size, sampling_ratio)
+        out = jnp.where(mine[:, None, None, None], own, out)
+    return out
+
+
+def _in_part(axes: tuple[_Axis, _Axis], mine: jax.Array, start: int) -> tuple[_Axis, _Axis]:
+    """The points of RoIs that are `mine` bool [r] in the table's part that begins at row `start`.
+
+    The others are sent to a map of a single cell, the part's first.
+    """
+    y, x = (axis._replace(length=jnp.where(mine, axis.length, 1)) for axis in axes)
+    return y._replace(offset=jnp.where(mine, y.offset - start, 0)), x
+
+
+def _starts(parts: Sequence[jax.Array]) -> list[int]:
+    """The row of the table that each part begins at."""
+    return [0, *np.cumsum([len(part) for part in parts[:-1]], dtype=np.int32)]
+
+
+def _sum_points_of(cells: jax.Array, axes: tuple[_Axis, _Axis], size: int, sampling_ratio: int) -> jax.Array:
     out = jnp.zeros((axes[0].start.shape[0], size, size, cells.shape[1]), jnp.float32)
     for y, x in product(range(sampling_ratio), repeat=2):
         out = _add_point(out, cells, axes, y, x)
@@ -205,9 +232,8 @@ def _scatter_point(
     own = weight[..., None] * gradient
     if len(totals) == 1:
         return (totals[0].at[index].add(own, mode="promise_in_bounds"),)
-    starts = np.cumsum([0, *(len(total) for total in totals[:-1])], dtype=np.int32)
     # Unsigned, so that cells of parts before lie beyond the end as well, and are dropped.
-    places = ((index - start).astype(jnp.uint32) for start in starts)
+    places = ((index - start).astype(jnp.uint32) for start in _starts(totals))
     return tuple(total.at[place].add(own, mode="drop") for total, place in zip(totals, places, strict=True))
 
 

@@ -1,5 +1,7 @@
 """Strips of rows, in which large maps are worked through on a CPU: what is made for a strip stays small."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -44,4 +46,12 @@ def after(first: jax.Array, x: jax.Array) -> jax.Array:
     An order that XLA must keep. Of a layer's two gradients, that of the kernel has to come first, or XLA puts it off to
     the end of the step and keeps the maps that it is made of (benchmarks/LOG.md).
     """
-    return jnp.where(jnp.isnan(first.reshape(-1)[0]), jnp.nan, x)
+    return jnp.where(jnp.isnan(first.reshape(-1)[:1]).any(), jnp.nan, x)
+
+
+def blank(once: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """An array of `shape` to be written over in a loop, made once there is `once` and of its dtype.
+
+    Zeros would be a constant, which XLA keeps in memory from the first loop to the last.
+    """
+    return jnp.broadcast_to(once.reshape(-1)[:1].sum(dtype=once.dtype), shape)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fpn_jax.ops.strips import take_rows
+from fpn_jax.ops.strips import blank, take_rows
 
 # Tiles in a strip, at most, unless a row has more. Of 256 channels their transforms take 9 MB, and so do the products.
 _TILES = 256
@@ -52,11 +52,11 @@ def conv3x3(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None, rect
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 @functools.partial(jax.jit, static_argnums=3)
 def _conv3x3(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, rectify: bool) -> jax.Array:
-    return _in_strips(x, kernel, bias, rectify, kernel[0, 0, 0, :1])
+    return _in_strips(x, kernel, bias, rectify, kernel)
 
 
-def _in_strips(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, rectify: bool, fill: jax.Array) -> jax.Array:
-    """As `conv3x3`, begun once there is `fill` [1], any value."""
+def _in_strips(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, rectify: bool, once: jax.Array) -> jax.Array:
+    """As `conv3x3`, begun once there is `once`, any array."""
     b, h, w, c = x.shape
     strips, rows, columns = _strips(b, h, w)
     height, width, features = 4 * rows, 4 * columns, kernel.shape[-1]
@@ -71,8 +71,7 @@ def _in_strips(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, rectify:
         outputs = outputs if bias is None else outputs + bias
         return jax.lax.dynamic_update_slice_in_dim(y, jnp.maximum(outputs, 0) if rectify else outputs, first, 1)
 
-    # All of it is written over. Zeros would be a constant, which XLA keeps in memory from the first loop to the last.
-    y = jnp.broadcast_to(fill, (b, max(h, height), width, features))
+    y = blank(once, (b, max(h, height), width, features))
     return jax.lax.fori_loop(0, strips, add_strip, y)[:, :h, :w]
 
 
@@ -89,7 +88,7 @@ def _backward(rectify: bool, residual: tuple[Any, ...], gradient: jax.Array) -> 
     gradient = jnp.where(y > 0, gradient, 0) if rectify else gradient
     of_kernel, of_bias = _parameter_gradients(x, gradient)
     # In this order, which XLA would not keep by itself: x need not be there any more while its gradient is made.
-    of_x = _in_strips(gradient, kernel[::-1, ::-1].swapaxes(2, 3), None, False, of_bias[:1])
+    of_x = _in_strips(gradient, kernel[::-1, ::-1].swapaxes(2, 3), None, False, of_bias)
     return of_x, of_kernel, None if bias is None else of_bias
 
 
@@ -113,10 +112,10 @@ def _parameter_gradients(x: jax.Array, gradient: jax.Array) -> tuple[jax.Array, 
         outputs = take_rows(gradient, height * i, height, 0, below, 0, right)
         tiles = _transformed(inputs, _DATA, rows, columns).reshape(36, -1, c)
         spread = _transformed(outputs, _OUTPUTS.T, rows, columns).reshape(36, -1, features)
-        products += jnp.einsum("pnc,pnk->pck", tiles, spread)
-        return (products, biases + outputs.sum((0, 1, 2))), None
+        own = jnp.einsum("pnc,pnk->pck", tiles, spread)
+        return (jnp.where(i > 0, products + own, own), biases + outputs.sum((0, 1, 2))), None
 
-    none = jnp.zeros((36, c, features), x.dtype), jnp.zeros(features, x.dtype)
+    none = blank(gradient, (36, c, features)), jnp.zeros(features, x.dtype)
     (products, of_bias), _ = jax.lax.scan(add_strip, none, jnp.arange(strips))
     return _both_axes(_KERNEL.T, products).reshape(3, 3, c, features), of_bias
 

@@ -52,17 +52,23 @@ class FPN(nn.Module):
 
     @nn.compact
     def __call__(self, features: dict[int, jax.Array], train: bool = False) -> dict[int, jax.Array]:
-        def layer(x: jax.Array, name: str, level: int, kernel: int) -> jax.Array:
+        def layer(x: jax.Array, name: str, level: int, kernel: int, above: jax.Array | None = None) -> jax.Array:
             names = f"{name}{level}", f"{name}_norm{level}"
-            how = {"norm": self.norm, "eps": self.norm_eps, "dtype": self.dtype, "init": lecun_uniform}
+            how = {"norm": self.norm, "eps": self.norm_eps, "dtype": self.dtype, "init": lecun_uniform, "above": above}
             return ACTIVATIONS[self.activation](conv_norm(x, names, self.channels, kernel, train, **how))
 
         features = {level: features[level] for level in self.levels or features}
         outputs = self.outputs or tuple(features)
         merged: dict[int, jax.Array] = {}
         above = None
+        # The paper's step is one operation, which some platforms have a form of their own for.
+        as_in_paper = self.lateral and self.top_down
+        as_in_paper &= (self.upsampling, self.merge, self.activation) == ("nearest", "sum", "none")
         needed = [x for x in features if x in outputs or (self.top_down and x > min(outputs))]
         for level in sorted(needed, reverse=True):
+            if as_in_paper and above is not None:
+                merged[level] = above = layer(features[level], "lateral", level, 1, above)
+                continue
             terms = []
             if self.lateral or level == max(features):
                 terms.append(layer(features[level], "lateral", level, 1))
