@@ -60,8 +60,8 @@ class Trainer(NamedTuple):
 def trainer(count: int, height: int, width: int, dtype: str, changes: Mapping[str, Any] | None = None) -> Trainer:
     """The step of `count` images, not compiled yet."""
     of_step = config(changes or {}, dtype)
-    mesh = sharding.make_mesh(sharding.first_device())
     detector, variables = _detector(of_step)
+    mesh = sharding.make_mesh(sharding.first_device())
     optimizer = make_optimizer(of_step.optim, lambda step: LEARNING_RATE, variables["params"], detector.frozen)
     state = sharding.put_replicated(mesh, make_state(variables, optimizer, 0.0))
     given = detector, optimizer, lambda step: jnp.float32(LEARNING_RATE)

@@ -9,6 +9,7 @@ import numpy as np
 
 from benchmarks import inputs
 from benchmarks.timing import Made, Program, per_item
+from fpn_jax.allocator import keep_memory
 from fpn_jax.data.datasets import open_split
 from fpn_jax.data.decode import decode
 from fpn_jax.data.pipeline import PipelineOptions, default_buckets, eval_batches, train_batches
@@ -43,6 +44,7 @@ def pictures(folder: str, kind: str, batches: int, changes: dict[str, Any] | Non
 
     kind: "uint8" or "float32"; changes: of the pipeline's options.
     """
+    keep_memory()  # as the commands do
     split = open_split(Path(folder) / "data", "pictures", "train")
     buckets = default_buckets((SHORTER,), LONGEST, 32)
     options = PipelineOptions((SHORTER,), LONGEST, buckets, pixels=kind, **(changes or {}))

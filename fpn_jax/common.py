@@ -14,6 +14,7 @@ import jax
 import ml_collections
 import numpy as np
 
+from fpn_jax.allocator import keep_memory
 from fpn_jax.data.class_lists import class_list
 from fpn_jax.data.datasets import Split, open_split
 from fpn_jax.data.pipeline import PipelineOptions, default_buckets
@@ -55,10 +56,12 @@ class Classes:
 
 
 def set_up_jax() -> None:
-    """Keep compiled programs between runs: a second start then takes seconds where the first took minutes."""
+    """Keep compiled programs between runs: a second start then takes seconds where the first took minutes. And keep
+    memory between steps, see `keep_memory`. Before JAX is asked for its devices."""
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(Path("~/.cache/fpn_jax/jax").expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    keep_memory()
 
 
 @contextlib.contextmanager

@@ -1,0 +1,59 @@
+"""Memory kept between steps: whether the kernel is asked for pages again, and where nothing is to be changed."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from fpn_jax import allocator
+
+GLIBC = platform.libc_ver()[0] == "glibc"
+
+# Prints whether memory is kept and the pages asked for by the third of three calls with 128 MiB of temporary memory.
+SCRIPT = """
+import resource
+import jax
+from fpn_jax.allocator import keep_memory
+
+print(keep_memory())
+
+@jax.jit
+def call(x):
+    cells = jax.numpy.broadcast_to(x, 2**25)
+    return jax.lax.fori_loop(0, 2, lambda i, cells: cells.at[i].add(1), cells)[::2**20].sum()
+
+for i in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    call(float(i)).block_until_ready()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not GLIBC, reason="another C library than glibc, of which nothing is asked")
+@pytest.mark.parametrize(("environment", "keeps"), [({}, True), ({"MALLOC_ARENA_MAX": "4"}, False)])
+def test_pages_are_used_again(environment, keeps):
+    """On XLA's own threads. Not where the environment says what glibc is to do, which shows what there is to gain."""
+    ours = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+    ours |= {"JAX_PLATFORMS": "cpu"} | environment
+    done = subprocess.run([sys.executable, "-c", SCRIPT], env=ours, capture_output=True, text=True, check=True)
+    kept, pages = done.stdout.split()
+    assert kept == str(keeps)
+    assert (int(pages) < 1000) is keeps
+
+
+@pytest.mark.parametrize("way", ["entry point", "jax_plugins", "libtpu"])
+def test_an_accelerators_host_is_left_alone(way, monkeypatch):
+    """However its plugin is installed, unless JAX is told to stay on the CPU."""
+    points = [importlib.metadata.EntryPoint("own", "own", "jax_plugins")] if way == "entry point" else []
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: points if group == "jax_plugins" else [])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name == way else None)
+    monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: pytest.fail("glibc was asked"))
+    assert jax.config.jax_platforms == "cpu"  # tests never look for another
+    assert not allocator._may_find_accelerator()
+    monkeypatch.setattr(allocator, "jax", SimpleNamespace(config=SimpleNamespace(jax_platforms=None)))
+    assert allocator.keep_memory() is False
