@@ -16,11 +16,15 @@ GLIBC = platform.libc_ver()[0] == "glibc"
 
 # Prints whether memory is kept and the pages asked for by the third of three calls with 128 MiB of temporary memory.
 SCRIPT = """
+import os
 import resource
+import sys
 import jax
-from fpn_jax.allocator import keep_memory
+from fpn_jax import allocator
 
-print(keep_memory())
+os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:2])
+allocator._MOST_CPUS = int(sys.argv[1])
+print(allocator.keep_memory())
 
 @jax.jit
 def call(x):
@@ -35,12 +39,15 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.skipif(not GLIBC, reason="another C library than glibc, of which nothing is asked")
-@pytest.mark.parametrize(("environment", "keeps"), [({}, True), ({"MALLOC_ARENA_MAX": "4"}, False)])
-def test_pages_are_used_again(environment, keeps):
-    """On XLA's own threads. Not where the environment says what glibc is to do, which shows what there is to gain."""
+@pytest.mark.parametrize(
+    ("environment", "most_cpus", "keeps"), [({}, 2, True), ({"MALLOC_ARENA_MAX": "4"}, 2, False), ({}, 0, False)]
+)
+def test_pages_are_used_again(environment, most_cpus, keeps):
+    """On XLA's own threads. Not where the environment says what glibc is to do, or CPUs are many: it shows the gain."""
     ours = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
     ours |= {"JAX_PLATFORMS": "cpu"} | environment
-    done = subprocess.run([sys.executable, "-c", SCRIPT], env=ours, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", SCRIPT, str(most_cpus)]
+    done = subprocess.run(command, env=ours, capture_output=True, text=True, check=True)
     kept, pages = done.stdout.split()
     assert kept == str(keeps)
     assert (int(pages) < 1000) is keeps
@@ -55,5 +62,6 @@ def test_an_accelerators_host_is_left_alone(way, monkeypatch):
     monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: pytest.fail("glibc was asked"))
     assert jax.config.jax_platforms == "cpu"  # tests never look for another
     assert not allocator._may_find_accelerator()
+    monkeypatch.setattr(allocator, "_cpus", lambda: 1)
     monkeypatch.setattr(allocator, "jax", SimpleNamespace(config=SimpleNamespace(jax_platforms=None)))
     assert allocator.keep_memory() is False
