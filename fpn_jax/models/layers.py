@@ -79,8 +79,8 @@ class Conv(nn.Module):
     rectify: whether a `relu` follows, of which some forms then are a part; pool: and, after it, `max_pool` of 3 x 3
     windows with stride 2, always of a padded x. On TPUs that of a ResNet's stem is one with the convolution
     (`ops.stem`), and its gradient computes all three again.
-    above: a map [b h/2 w/2 features] (rounded up) to be brought to the result's size by `upsample_nearest` and added.
-    On CPUs that is one with a 1x1 convolution (`ops.top_down`).
+    above: a map [b h/2 w/2 features] (rounded up) to be brought to the result's size by `upsample_nearest` and added,
+    in place of rectify and pool. On CPUs that is one with a 1x1 convolution (`ops.top_down`).
     """
 
     features: int
