@@ -1,11 +1,13 @@
 """A step of the top-down pathway in strips against its parts: values, gradients, and what it is there to avoid."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fpn_jax.models.layers import Conv
+from fpn_jax.models.layers import Conv, conv_norm
+from fpn_jax.models.necks.fpn import FPN
 from fpn_jax.models.resampling import upsample_nearest
 from fpn_jax.ops.top_down import lateral_plus_above
 
@@ -89,3 +91,36 @@ def test_a_layer_takes_it_on_a_cpu(layer, size, taken):
     traced = apply.trace(variables, x, above)
     texts = {platform: traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "tpu", "cuda")}
     assert {platform for platform, text in texts.items() if "stablehlo.while" in text} == ({"cpu"} if taken else set())
+
+
+class Lateral(nn.Module):
+    """A lateral layer with a norm."""
+
+    norm: str
+
+    @nn.compact
+    def __call__(self, x, above=None):
+        how = {"norm": self.norm, "eps": 1e-5, "dtype": jnp.float32, "above": above}
+        return conv_norm(x, ("conv", "norm"), 6, 1, False, **how)
+
+
+@pytest.mark.parametrize("norm", ["none", "frozen_bn", "bn", "gn"])
+def test_what_lies_above_is_added_behind_the_norm(norm):
+    rng = np.random.default_rng(0)
+    x, above = (rng.normal(size=size).astype(np.float32) for size in ((2, 4, 6, 3), (2, 2, 3, 6)))
+    variables = Lateral(norm).init(jax.random.key(0), x)
+    variables = jax.tree.map(lambda v: v + rng.uniform(0.1, 1, v.shape).astype(np.float32), variables)
+    expected = Lateral(norm).apply(variables, x) + upsample_nearest(above, (4, 6))
+    np.testing.assert_allclose(Lateral(norm).apply(variables, x, above), expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "taken"),
+    [({}, True), ({"norm": "frozen_bn"}, True), ({"activation": "relu"}, False), ({"merge": "concat"}, False)],
+)
+def test_the_papers_pathway_takes_it_on_a_cpu(changes, taken):
+    features = {level: jnp.ones((1, 32 >> level, 64 >> level, 3)) for level in (2, 3, 4)}
+    neck = FPN(6, **changes)
+    shapes = jax.eval_shape(neck.init, jax.random.key(0), features)
+    text = jax.jit(neck.apply).lower(shapes, features).as_text()
+    assert ("stablehlo.while" in text) is taken
