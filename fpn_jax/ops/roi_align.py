@@ -1,8 +1,8 @@
 """RoIAlign (Mask R-CNN, arXiv 1703.06870, section 3) on one map and on a pyramid.
 
-Both read their RoIs from one table of cells, so that a RoI costs the same whatever the number of levels; on a TPU the
-pyramid's levels are read in tiles, see `roi_tiles`. Gradients flow to the features only, as in torchvision and
-detectron2: the RoIs are constants.
+Both read their RoIs from one table of cells, so that a RoI costs the same whatever the number of levels; on a CPU the
+largest level stays beside it, and on a TPU the pyramid's levels are read in tiles, see `roi_tiles`. Gradients flow to
+the features only, as in torchvision and detectron2: the RoIs are constants.
 """
 
 from collections.abc import Mapping, Sequence
@@ -186,6 +186,7 @@ def _align(
 
 
 def _sum_points(parts: tuple[jax.Array, ...], axes: tuple[_Axis, _Axis], size: int, sampling_ratio: int) -> jax.Array:
+    """Each part is read for all RoIs, and what it has for those of other parts is not taken."""
     out = 0
     for start, cells in zip(_starts(parts), parts, strict=True):
         mine = (axes[0].offset >= start) & (axes[0].offset < start + len(cells))
